@@ -1,0 +1,74 @@
+"""What every op family shares: argument checks with one-sentence errors, and the accumulation type."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+NAMESPACE = "airl_kernels"
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any input is float64 (gradcheck), otherwise float32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def require_plain_weight(name: str, weight: object) -> None:
+    """Reject what the kernels cannot read as one dense matrix: modules, DTensors, quantised weights."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(weight).__name__}; pass the layer's `.weight` "
+            "(for a LoRA-wrapped head, the merged weight)."
+        )
+    if is_traceable_wrapper_subclass(weight):
+        raise TypeError(f"{name} is a {type(weight).__name__}; pass a plain tensor (a DTensor's `full_tensor()`).")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {weight.dtype}; quantised weights are not supported, dequantise it first.")
+
+
+def require_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}.")
+
+
+def require_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {tensor.dtype}.")
+
+
+def require_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}.")
+
+
+def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def require_cu_seqlens(cu_seqlens: Tensor) -> None:
+    require_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [S+1] with at least one entry, got {list(cu_seqlens.shape)}.")
+
+
+def check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """On the CPU, where reading costs nothing: offsets start at 0, never fall, and end at the number of tokens.
+
+    CUDA tensors are not read (that would synchronise); wrong offsets there give unspecified values.
+    """
+    if cu_seqlens.device.type != "cpu" or isinstance(cu_seqlens, torch._subclasses.FakeTensor):
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != num_tokens:
+        raise ValueError(f"cu_seqlens must run from 0 to the number of tokens {num_tokens}, got {first} to {last}.")
+    if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise ValueError("cu_seqlens must never decrease.")
+
+
+def segment_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """int64 [N]: the sequence every packed token belongs to."""
+    lengths = cu_seqlens.diff()
+    ids = torch.arange(lengths.numel(), device=cu_seqlens.device)
+    return ids.repeat_interleave(lengths, output_size=num_tokens)
