@@ -1,0 +1,98 @@
+"""Carry an error on: rewrite what follows a perturbed number or operator so that it follows from the error.
+
+A perturbed trace whose later lines contradict the error is easy to spot by its seam; one that carries the error on
+can only be spotted where the error is.
+"""
+
+import re
+from fractions import Fraction
+
+from airl_fast.data.perturb import NUMBER, Perturbation, literals
+from airl_fast.data.tags import thought_span
+from airl_fast.data.verify import format_number, parse_number, safe_arithmetic
+
+_SIDE = rf"[$€£(\s]*{NUMBER}[)%\s]*(?:[+\-−*/×÷][$€£(\s]*{NUMBER}[)%\s]*)+"
+_EQUATION = re.compile(rf"(?P<left>{_SIDE})(?P<equals>=\s*[$€£]?)(?P<right>-?{NUMBER})")
+_TOKEN = re.compile(rf"{_EQUATION.pattern}|(?P<number>{NUMBER})")
+_LITERAL = re.compile(NUMBER)
+_CURRENCY = re.compile(r"[$€£%,]")
+
+
+def propagate_numbers(original: str, change: Perturbation) -> str | None:
+    """Rewrite a free-text trace after a changed number or operator of its thoughts.
+
+    The changed number is replaced wherever it occurs later, the answer included; every later equation of literals
+    ("6 * 3 = 18") that this touches is recomputed, and its new result replaces the old one from there on. Returns
+    None when the change is in the answer, changes no number, or gives a result without a finite decimal.
+    """
+    if change.first_changed >= thought_span(change.text)[1]:
+        return None
+    renamed: dict[Fraction, str] = {}
+    edited = _changed_literal(original, change.text)
+    if edited is not None:
+        (left, right), old = edited
+        renamed[parse_number(old)] = change.text[left:right]
+    else:
+        left = right = change.first_changed
+    line = change.text.rfind("\n", 0, left) + 1
+    pieces, done = [], right
+    for match in _TOKEN.finditer(change.text, line):
+        if match.end() <= left or match.end("right") <= right and match["right"]:
+            continue
+        if match["number"] is not None:
+            if match.start() >= right:
+                pieces += [
+                    change.text[done : match.start()],
+                    renamed.get(parse_number(match["number"]), match["number"]),
+                ]
+                done = match.end()
+            continue
+        rewritten = _rewrite_equation(match, renamed, touched=match.start() < right)
+        if rewritten is None:
+            return None
+        keep = max(0, done - match.start())
+        pieces += [change.text[done : match.start()], rewritten[keep:]]
+        done = match.end()
+    text = change.text[:right] + "".join(pieces) + change.text[done:]
+    return None if text == change.text else text
+
+
+def _changed_literal(original: str, changed: str) -> tuple[tuple[int, int], str] | None:
+    """Range in `changed` and old spelling of the one literal that differs; None when an operator changed."""
+    before, after = literals(original, 0, len(original)), literals(changed, 0, len(changed))
+    for old, new in zip(before, after, strict=False):
+        if original[slice(*old)] != changed[slice(*new)]:
+            return new, original[slice(*old)]
+    return None
+
+
+def _rewrite_equation(match: re.Match[str], renamed: dict[Fraction, str], touched: bool) -> str | None:
+    """The equation with renamed operands and a recomputed result; adds old result -> new result to `renamed`.
+
+    touched: the equation holds the perturbation itself, so it stays as it is but for its result. None when the new
+    result has no finite decimal spelling.
+    """
+    left = match["left"]
+    if not touched:
+        left = _LITERAL.sub(lambda number: renamed.get(parse_number(number.group()), number.group()), left)
+        if left == match["left"]:
+            return match.group()
+    value = _evaluate(left)
+    if value is None:
+        return None
+    result = format_number(value)
+    if result is None:
+        return None
+    old = parse_number(match["right"])
+    if old is not None and old != value:
+        renamed[abs(old)] = result
+    return left + match["equals"] + result
+
+
+def _evaluate(side: str) -> Fraction | None:
+    """Value of a left side; decimals are scaled to integers first, because the evaluator takes integers only."""
+    bare = _CURRENCY.sub("", side).strip()
+    scaled = re.sub(r"(\d*)\.(\d+)", lambda m: f"({int(m[1] + m[2])}/{10 ** len(m[2])})", bare)
+    scaled = re.sub(r"\b0+(?=\d)", "", scaled)
+    expression = safe_arithmetic(scaled)
+    return None if expression is None else expression.value

@@ -1,0 +1,209 @@
+"""What a task is, and the registry that makes one by name.
+
+A task gives prompts with demonstrations and decides whether a completion is right, where its steps end and how it
+can be broken. Training and evaluation know tasks only through `Task`.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
+
+from airl_fast.data.perturb import KINDS, Perturbation, perturb
+from airl_fast.data.propagate import propagate_numbers
+from airl_fast.data.steps import step_ends
+from airl_fast.data.tags import extract_answer, format_trace
+from airl_fast.data.verify import answers_equal, canonical_answer
+from airl_fast.errors import UserError
+from airl_fast.types import Example
+
+__all__ = ["LocatesErrors", "Split", "Task", "TextTask", "check_experts", "format_trace", "make_task", "task_names"]
+
+Split = Literal["train", "dev", "test", "warmstart"]
+SPLITS: tuple[str, ...] = get_args(Split)
+
+# Told to models that must learn the layout from the prompt; the generated tasks need none.
+SYSTEM_PROMPT = (
+    "Think step by step inside <think> and </think>, then give only the final answer inside <answer> and </answer>."
+)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """name: the registry's. system: the system message its prompts are rendered with, or None."""
+
+    name: ClassVar[str]
+    system: ClassVar[str | None]
+
+    def load(self, split: Split, limit: int | None = None) -> list[Example]:
+        """The split's examples, always in the same order; `limit` keeps the first ones.
+
+        Prompts of different splits are disjoint. Raises UserError for an unknown or unavailable split.
+        """
+
+    def verify(self, example: Example, text: str) -> bool:
+        """Is the answer of this completion right?"""
+
+    def extract_answer(self, text: str) -> str | None:
+        """The answer as written, or None."""
+
+    def canonical_answer(self, example: Example, text: str) -> str | None:
+        """One spelling for answers that mean the same, for majority vote; None when there is no answer."""
+
+    def step_ends(self, text: str) -> list[int]:
+        """Character offsets one past the end of each step; the last is len(text)."""
+
+    def perturb(
+        self,
+        example: Example,
+        text: str,
+        rng: random.Random,
+        kinds: Sequence[str] = KINDS,
+        propagate_rate: float = 0.5,
+    ) -> Perturbation | None:
+        """A broken version of a trace of this example, or None when no kind applies."""
+
+
+@runtime_checkable
+class LocatesErrors(Protocol):
+    """A task that knows the truth of every step."""
+
+    def first_wrong_step(self, example: Example, text: str) -> int | None:
+        """0-based index, into the pieces cut by `step_ends`, of the first wrong step; None when all are right."""
+
+
+class TextTask:
+    """Defaults for tasks with written answers: everything but `load`."""
+
+    name: ClassVar[str]
+    system: ClassVar[str | None] = SYSTEM_PROMPT
+
+    def verify(self, example: Example, text: str) -> bool:
+        return answers_equal(extract_answer(text), example.answer)
+
+    def extract_answer(self, text: str) -> str | None:
+        return extract_answer(text)
+
+    def canonical_answer(self, example: Example, text: str) -> str | None:
+        return canonical_answer(extract_answer(text))
+
+    def step_ends(self, text: str) -> list[int]:
+        return step_ends(text)
+
+    def propagate(self, original: str, change: Perturbation) -> str | None:
+        """The perturbed text with the error carried on to later steps, or None when there is nothing to carry."""
+        return propagate_numbers(original, change)
+
+    def option_letters(self, example: Example) -> str:
+        """Letters a multiple-choice answer can be; empty for other tasks."""
+        return ""
+
+    def perturb(
+        self,
+        example: Example,
+        text: str,
+        rng: random.Random,
+        kinds: Sequence[str] = KINDS,
+        propagate_rate: float = 0.5,
+    ) -> Perturbation | None:
+        """See `Task.perturb`. With probability `propagate_rate` the error is carried on to later steps.
+
+        A draw that turns a wrong answer into the right one is thrown away: it would be a negative without an error.
+        """
+        options = self.option_letters(example)
+        for _ in range(8):
+            propagate = self.propagate if rng.random() < propagate_rate else None
+            change = perturb(text, rng, kinds, propagate=propagate, options=options)
+            if change is None:
+                return None
+            if extract_answer(change.text) == extract_answer(text) or not self.verify(example, change.text):
+                return change
+        return None
+
+
+_TASKS = {
+    "arithmetic": "airl_fast.data.arithmetic:Arithmetic",
+    "countdown": "airl_fast.data.countdown:Countdown",
+    "gsm8k": "airl_fast.data.gsm8k:Gsm8k",
+    "mmlu_pro": "airl_fast.data.mmlu_pro:MmluPro",
+    "medreason": "airl_fast.data.medreason:MedReason",
+    "jsonl": "airl_fast.data.jsonl:Jsonl",
+}
+
+
+def task_names() -> tuple[str, ...]:
+    """Names that `make_task` knows."""
+    return tuple(_TASKS)
+
+
+def make_task(name: str, **options: object) -> Task:
+    """The task called `name`, a frozen dataclass built from its options (its fields; defaults apply).
+
+    Raises UserError for an unknown task, an unknown option or an option out of range.
+    """
+    if name not in _TASKS:
+        raise UserError(f"unknown task {name!r}: {_suggest(name, _TASKS)}")
+    module, _, attribute = _TASKS[name].partition(":")
+    factory = getattr(import_module(module), attribute)
+    known = [field.name for field in fields(factory)]
+    for option in options:
+        if option not in known:
+            raise UserError(f"task {name!r} has no option {option!r}: {_suggest(option, known)}")
+    return factory(**options)
+
+
+def check_split(task: str, split: str) -> None:
+    """Raise UserError unless `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise UserError(f"task {task!r} has no split {split!r}: {_suggest(split, SPLITS)}")
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertReport:
+    """How many demonstrations a verifier accepts. failed: ids of those it does not."""
+
+    total: int
+    passed: int
+    without_expert: int
+    failed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"{self.passed} of {self.total - self.without_expert} demonstrations pass their own verifier"
+        if self.failed:
+            shown = ", ".join(self.failed[:5]) + (", …" if len(self.failed) > 5 else "")
+            text += f"; {len(self.failed)} fail ({shown})"
+        return text + (f"; {self.without_expert} prompts have no demonstration" if self.without_expert else "")
+
+
+def check_experts(
+    task: Task, examples: Sequence[Example], policy: Literal["keep", "drop", "error"] = "keep"
+) -> tuple[list[Example], ExpertReport]:
+    """Verify every demonstration; return the examples to use and the counts.
+
+    policy: `keep` returns all, `drop` leaves failing ones out, `error` raises UserError when one fails. Examples
+    without a demonstration are always kept.
+    """
+    if policy not in ("keep", "drop", "error"):
+        raise UserError(f"unknown policy {policy!r} for failing demonstrations: use keep, drop or error.")
+    with_expert = [example for example in examples if example.expert is not None]
+    failed = {example.id for example in with_expert if not task.verify(example, example.expert)}
+    report = ExpertReport(
+        total=len(examples),
+        passed=len(with_expert) - len(failed),
+        without_expert=len(examples) - len(with_expert),
+        failed=tuple(example.id for example in with_expert if example.id in failed),
+    )
+    if failed and policy == "error":
+        raise UserError(
+            f"task {task.name!r}: {len(failed)} of {len(with_expert)} demonstrations fail their own verifier "
+            f"(first: {report.failed[0]}); correct them or drop failing ones."
+        )
+    kept = [example for example in examples if policy == "keep" or example.id not in failed]
+    return kept, report
