@@ -1,5 +1,9 @@
 """What every op family shares: argument checks with one-sentence errors, and the accumulation type."""
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -72,3 +76,21 @@ def segment_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     lengths = cu_seqlens.diff()
     ids = torch.arange(lengths.numel(), device=cu_seqlens.device)
     return ids.repeat_interleave(lengths, output_size=num_tokens)
+
+
+def triton_kernels(family: str) -> ModuleType:
+    """The Triton half of an op family, imported at the first CUDA tensor: `import airl_kernels` stays light."""
+    try:
+        return importlib.import_module(f".{family}_triton", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError("airl_kernels needs Triton for CUDA tensors; install the `triton` package.") from error
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; the H200's 132 for "meta" tensors, few for the interpreter on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 2

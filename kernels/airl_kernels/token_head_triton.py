@@ -1,0 +1,667 @@
+"""Triton kernels of the token head. The mathematics is in `token_head.py`; here is only how it meets the memory.
+
+Everything is bound by reading `hidden` [N, H] and writing its gradient, so:
+- `_rewards_kernel`    reads hidden once (2NH bytes at bf16) and writes N rewards or logits;
+- `_fused_kernel`      keeps a tile of rows in registers, so that logit, loss and both gradients come from one read
+                       and one write (4NH). A program walks over many tiles and keeps its part of d weight in fp32;
+- `_gradient_kernel`   the same gradients from given slopes, for losses whose slopes need all logits first;
+- `_reduce_kernel`     adds the programs' parts of d weight in a fixed order: no atomics, bit-equal from run to run;
+- `_runs_kernel` and `_join_kernel`  d weight of the action head: tokens sorted by row, each row's tokens added in
+                       order, rows that span several chunks joined afterwards;
+- `_score_kernel`, `_pair_kernel`, `_spread_kernel`  the pairwise loss between logits and slopes, on [S] numbers.
+Row offsets are int64. Numbers accumulate in fp32. float64 inputs run the plain-torch formula instead.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import num_multiprocessors
+
+# What the fused kernel computes from a row's logit.
+BCE, WGAN, REWARD_LOGIT, REWARD_GAIL, REWARD_LOGD = 0, 1, 2, 3, 4
+_MODES = {"bce": BCE, "wgan": WGAN, "logit": REWARD_LOGIT, "gail": REWARD_GAIL, "logd": REWARD_LOGD}
+_RUN_CHUNK = 32  # sorted tokens one program of `_runs_kernel` adds up
+
+
+# ---- device functions ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) without the rounding of 1 + x (Kahan)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _reward(z, temperature, clip, MODE: tl.constexpr):
+    """(reward, d reward / d z)."""
+    x = z / temperature
+    if MODE == 2:
+        reward, slope = x, x * 0.0 + 1.0
+    elif MODE == 3:
+        reward, slope = _softplus(x), _sigmoid(x)
+    else:
+        reward, slope = -_softplus(-x), _sigmoid(-x)
+    if clip is not None:
+        slope = tl.where(tl.abs(reward) <= clip, slope, 0.0)
+        reward = tl.minimum(tl.maximum(reward, -clip), clip)
+    return reward, slope / temperature
+
+
+@triton.jit
+def _loss(z, target, smoothing, MODE: tl.constexpr):
+    """(loss, d loss / d z) of one token before its weight."""
+    if MODE == 0:
+        y = target * (1.0 - smoothing) + 0.5 * smoothing
+        # An infinite logit with a certain label costs 0, not 0 * inf.
+        value = tl.where(y > 0.0, y * _softplus(-z), 0.0) + tl.where(y < 1.0, (1.0 - y) * _softplus(z), 0.0)
+        slope = _sigmoid(z) - y
+    else:
+        slope = 1.0 - 2.0 * target
+        value = slope * z
+    return value, slope
+
+
+@triton.jit
+def _add_terms(z, bias, index_rows, offset, rows, ok, BIAS_PER_ROW: tl.constexpr):
+    if bias is not None:
+        if BIAS_PER_ROW:
+            z += tl.load(bias + index_rows, mask=ok, other=0.0).to(tl.float32)
+        else:
+            z += tl.load(bias).to(tl.float32)
+    if offset is not None:
+        z += tl.load(offset + rows, mask=ok, other=0.0).to(tl.float32)
+    return z
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rewards_kernel(
+    hidden, weight, bias, index, offset, live, out, num_rows, stride_hidden, temperature, clip,
+    H: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = rows < num_rows
+    if live is not None:  # rows of weight 0 are not read
+        ok = ok & (tl.load(live + rows, mask=ok, other=0.0) != 0.0)
+    index_rows = rows * 0
+    if index is not None:
+        index_rows = tl.load(index + rows, mask=ok, other=0)
+    products = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
+    for first in tl.static_range(0, H, BLOCK_H):
+        columns = first + tl.arange(0, BLOCK_H)
+        inside = columns < H
+        tile = ok[:, None] & inside[None, :]
+        h = tl.load(hidden + rows[:, None] * stride_hidden + columns[None, :], mask=tile, other=0.0).to(tl.float32)
+        if index is not None:
+            w = tl.load(weight + index_rows[:, None] * H + columns[None, :], mask=tile, other=0.0).to(tl.float32)
+        else:
+            w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        products += h * w
+    z = _add_terms(tl.sum(products, axis=1), bias, index_rows, offset, rows, ok, BIAS_PER_ROW)
+    reward, _ = _reward(z, temperature, clip, MODE)
+    tl.store(out + rows, tl.where(ok, reward, 0.0), mask=rows < num_rows)
+
+
+@triton.jit
+def _fused_kernel(
+    hidden, weight, bias, index, offset, targets, factors, logits, slopes, d_hidden, partial_weight, partial_sums,
+    num_rows, stride_hidden, smoothing, temperature, clip,
+    H: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """factors: the loss's weight of every row, or the incoming gradient of every reward; rows of 0 are not read."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_H)
+    inside = columns < H
+    if index is None:
+        w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    d_weight = tl.zeros([BLOCK_H], dtype=tl.float32)
+    loss_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
+    slope_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for tile in range(program, tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0)):
+        rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        ok = rows < num_rows
+        factor = tl.load(factors + rows, mask=ok, other=0.0)
+        live = factor != 0.0
+        read = live[:, None] & inside[None, :]
+        h = tl.load(hidden + rows[:, None] * stride_hidden + columns[None, :], mask=read, other=0.0).to(tl.float32)
+        index_rows = rows * 0
+        if index is not None:
+            index_rows = tl.load(index + rows, mask=live, other=0)
+            w = tl.load(weight + index_rows[:, None] * H + columns[None, :], mask=read, other=0.0).to(tl.float32)
+        z = _add_terms(tl.sum(h * w, axis=1), bias, index_rows, offset, rows, live, BIAS_PER_ROW)
+        if MODE <= 1:
+            target = tl.load(targets + rows, mask=live, other=0.0)
+            value, slope = _loss(z, target, smoothing, MODE)
+            loss_sum += tl.where(live, factor * value, 0.0)
+            tl.store(logits + rows, tl.where(live, z, 0.0), mask=ok)
+        else:
+            _, slope = _reward(z, temperature, clip, MODE)
+        slope = tl.where(live, factor * slope, 0.0)
+        slope_sum += slope
+        tl.store(slopes + rows, slope, mask=ok)
+        moves = slope[:, None] != 0.0  # a row without slope adds nothing, whatever it holds
+        if d_hidden is not None:
+            gradient = tl.where(moves, slope[:, None] * w, 0.0).to(d_hidden.dtype.element_ty)
+            tl.store(d_hidden + rows[:, None] * H + columns[None, :], gradient, mask=ok[:, None] & inside[None, :])
+        if partial_weight is not None:
+            d_weight += tl.sum(tl.where(moves, slope[:, None] * h, 0.0), axis=0)
+    if partial_weight is not None:
+        tl.store(partial_weight + program.to(tl.int64) * H + columns, d_weight, mask=inside)
+    tl.store(partial_sums + program, tl.sum(slope_sum))
+    if MODE <= 1:
+        tl.store(partial_sums + tl.num_programs(0) + program, tl.sum(loss_sum))
+
+
+@triton.jit
+def _gradient_kernel(
+    hidden, weight, index, slopes, d_hidden, partial_weight, partial_sums, num_rows, stride_hidden,
+    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = columns < H
+    if index is None:
+        w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    d_weight = tl.zeros([BLOCK_H], dtype=tl.float32)
+    slope_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for tile in range(program, tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0)):
+        rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        ok = rows < num_rows
+        slope = tl.load(slopes + rows, mask=ok, other=0.0)
+        slope_sum += slope
+        moves = (slope != 0.0)[:, None] & inside[None, :]
+        if d_hidden is not None:
+            if index is not None:
+                index_rows = tl.load(index + rows, mask=ok, other=0)
+                w = tl.load(weight + index_rows[:, None] * H + columns[None, :], mask=moves, other=0.0).to(tl.float32)
+            gradient = tl.where(moves, slope[:, None] * w, 0.0).to(d_hidden.dtype.element_ty)
+            tl.store(d_hidden + rows[:, None] * H + columns[None, :], gradient, mask=ok[:, None] & inside[None, :])
+        if partial_weight is not None:
+            h = tl.load(hidden + rows[:, None] * stride_hidden + columns[None, :], mask=moves, other=0.0)
+            d_weight += tl.sum(slope[:, None] * h.to(tl.float32), axis=0)
+    if partial_weight is not None:
+        tl.store(partial_weight + program.to(tl.int64) * H + columns, d_weight, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(partial_sums + program, tl.sum(slope_sum))
+
+
+@triton.jit
+def _reduce_kernel(
+    partial_weight, partial_sums, d_weight, d_bias, loss, num_parts, H,
+    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Column sums of partial_weight [P, H]; the last program adds up the slopes and the losses instead."""
+    lanes = tl.arange(0, BLOCK_P)
+    if tl.program_id(0) < tl.num_programs(0) - 1:
+        if d_weight is not None:
+            columns = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+            total = tl.zeros([BLOCK_P, BLOCK_H], dtype=tl.float32)
+            for first in range(0, num_parts, BLOCK_P):
+                parts = first + lanes
+                mask = (parts < num_parts)[:, None] & (columns < H)[None, :]
+                total += tl.load(partial_weight + parts[:, None] * H + columns[None, :], mask=mask, other=0.0)
+            tl.store(d_weight + columns, tl.sum(total, axis=0).to(d_weight.dtype.element_ty), mask=columns < H)
+    else:
+        slope_sum = tl.zeros([BLOCK_P], dtype=tl.float32)
+        loss_sum = tl.zeros([BLOCK_P], dtype=tl.float32)
+        for first in range(0, num_parts, BLOCK_P):
+            parts = first + lanes
+            slope_sum += tl.load(partial_sums + parts, mask=parts < num_parts, other=0.0)
+            if loss is not None:
+                loss_sum += tl.load(partial_sums + num_parts + parts, mask=parts < num_parts, other=0.0)
+        if d_bias is not None:
+            tl.store(d_bias, tl.sum(slope_sum).to(d_bias.dtype.element_ty))
+        if loss is not None:
+            tl.store(loss, tl.sum(loss_sum))
+
+
+@triton.jit
+def _runs_kernel(
+    hidden, keys, order, slopes, d_weight, d_bias, head, tail, head_bias, tail_bias, num_rows, stride_hidden, H,
+    CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Add up slope·hidden over runs of equal keys (sorted) inside one chunk of CHUNK tokens.
+
+    A run inside the chunk goes straight to its row of d weight. The part of a run that began earlier goes to
+    head[chunk], that of a run which begins here and goes on to tail[chunk]; `_join_kernel` adds those up.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = columns < H
+    first = chunk * CHUNK
+    last = tl.minimum(first + CHUNK, num_rows) - 1
+    inherited = tl.load(keys + first - 1, mask=first > 0, other=-1)
+    key = tl.load(keys + first)
+    total = tl.zeros([BLOCK_H], dtype=tl.float32)
+    bias_total = 0.0
+    for step in range(0, last - first + 1):
+        position = first + step
+        row = tl.load(order + position)
+        slope = tl.load(slopes + row)
+        h = tl.load(hidden + row * stride_hidden + columns, mask=inside & (slope != 0.0), other=0.0)
+        total += slope * h.to(tl.float32)
+        bias_total += slope
+        following = tl.load(keys + position + 1, mask=position + 1 < num_rows, other=-1)
+        if (following != key) | (position == last):
+            if key == inherited:
+                tl.store(head + chunk * H + columns, total, mask=inside)
+                tl.store(head_bias + chunk, bias_total)
+            elif following == key:
+                tl.store(tail + chunk * H + columns, total, mask=inside)
+                tl.store(tail_bias + chunk, bias_total)
+            else:
+                tl.store(d_weight + key * H + columns, total.to(d_weight.dtype.element_ty), mask=inside)
+                if d_bias is not None:
+                    tl.store(d_bias + key, bias_total.to(d_bias.dtype.element_ty))
+            key = following
+            inherited = tl.full([], -1, tl.int64)
+            total = tl.zeros([BLOCK_H], dtype=tl.float32)
+            bias_total = 0.0
+
+
+@triton.jit
+def _join_kernel(
+    keys, d_weight, d_bias, head, tail, head_bias, tail_bias, num_rows, num_chunks, H,
+    CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Rows of d weight whose run begins in this chunk and goes on into later ones."""
+    chunk = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = columns < H
+    first = chunk * CHUNK
+    following = first + CHUNK
+    key = tl.load(keys + following - 1, mask=following < num_rows, other=-1)
+    goes_on = (following < num_rows) & (tl.load(keys + following, mask=following < num_rows, other=-2) == key)
+    begins_here = (tl.load(keys + first) != key) | (tl.load(keys + first - 1, mask=first > 0, other=-1) != key)
+    if goes_on & begins_here:
+        total = tl.load(tail + chunk * H + columns, mask=inside, other=0.0)
+        bias_total = tl.load(tail_bias + chunk)
+        later = chunk + 1
+        while goes_on:
+            total += tl.load(head + later * H + columns, mask=inside, other=0.0)
+            bias_total += tl.load(head_bias + later)
+            later += 1
+            goes_on = (later < num_chunks) & (tl.load(keys + later * CHUNK, mask=later < num_chunks, other=-2) == key)
+        tl.store(d_weight + key * H + columns, total.to(d_weight.dtype.element_ty), mask=inside)
+        if d_bias is not None:
+            tl.store(d_bias + key, bias_total.to(d_bias.dtype.element_ty))
+
+
+@triton.jit
+def _score_kernel(logits, weights, cu_seqlens, score, mass, BLOCK: tl.constexpr):
+    """A sequence's mean logit weighted by `weights`, and their sum."""
+    sequence = tl.program_id(0)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    weight_total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(start, end, BLOCK):
+        tokens = first + tl.arange(0, BLOCK)
+        w = tl.load(weights + tokens, mask=tokens < end, other=0.0)
+        total += w * tl.load(logits + tokens, mask=tokens < end, other=0.0)
+        weight_total += w
+    w = tl.sum(weight_total)
+    tl.store(mass + sequence, w)
+    tl.store(score + sequence, tl.sum(total) / tl.where(w > 0.0, w, 1.0))
+
+
+@triton.jit
+def _pair_terms(score, mass, pairs, sequences, num_sequences, margin):
+    """(counts, expert, shortfall) of the pairs whose perturbed side is in `sequences`."""
+    ok = sequences < num_sequences
+    expert = tl.load(pairs + sequences, mask=ok, other=-1)
+    paired = expert >= 0
+    counts = paired & (tl.load(mass + sequences, mask=ok, other=0.0) > 0.0)
+    counts = counts & (tl.load(mass + expert, mask=paired, other=0.0) > 0.0)
+    gap = tl.load(score + expert, mask=paired, other=0.0) - tl.load(score + sequences, mask=ok, other=0.0)
+    return counts, expert, margin - gap
+
+
+@triton.jit
+def _pair_kernel(score, mass, pairs, partial_loss, score_slope, num_sequences, margin, BLOCK: tl.constexpr):
+    """d loss / d score of BLOCK sequences: each looks at its own pair and, as an expert, at every pair made from it."""
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pulls = tl.zeros([BLOCK], dtype=tl.float32)
+    total = 0
+    for first in range(0, num_sequences, BLOCK):
+        others = first + tl.arange(0, BLOCK)
+        counts, expert, shortfall = _pair_terms(score, mass, pairs, others, num_sequences, margin)
+        total += tl.sum(counts.to(tl.int32))
+        pull = tl.where(counts, _sigmoid(shortfall), 0.0)
+        pulls -= tl.sum(tl.where(expert[None, :] == mine[:, None], pull[None, :], 0.0), axis=1)
+    counts, _, shortfall = _pair_terms(score, mass, pairs, mine, num_sequences, margin)
+    pulls += tl.where(counts, _sigmoid(shortfall), 0.0)
+    share = 1.0 / tl.maximum(total, 1).to(tl.float32)
+    weight = tl.load(mass + mine, mask=mine < num_sequences, other=0.0)
+    tl.store(score_slope + mine, pulls * share / tl.where(weight > 0.0, weight, 1.0), mask=mine < num_sequences)
+    tl.store(partial_loss + tl.program_id(0), tl.sum(tl.where(counts, _softplus(shortfall) * share, 0.0)))
+
+
+@triton.jit
+def _spread_kernel(score_slope, weights, cu_seqlens, slopes, BLOCK: tl.constexpr):
+    sequence = tl.program_id(0)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    slope = tl.load(score_slope + sequence)
+    for first in range(start, end, BLOCK):
+        tokens = first + tl.arange(0, BLOCK)
+        w = tl.load(weights + tokens, mask=tokens < end, other=0.0)
+        tl.store(slopes + tokens, slope * w, mask=tokens < end)
+
+
+@triton.jit
+def _scale_kernel(gradient, scale, num_elements, BLOCK: tl.constexpr):
+    """gradient *= scale, in place; a scale of 1, the usual one, costs a launch and no traffic."""
+    factor = tl.load(scale).to(tl.float32)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(gradient + at, mask=at < num_elements, other=0.0).to(tl.float32) * factor
+        tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=at < num_elements)
+
+
+# ---- launch configurations -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    block_n: int
+    block_h: int
+    num_warps: int
+
+
+def rewards_tile(indexed: bool) -> Tile:
+    """A row's 256 columns are one 16-byte load a lane; 16 rows a program give four such loads in flight a lane."""
+    return Tile(8 if indexed else 16, 256, 4)
+
+
+def fused_tile(width: int, indexed: bool) -> Tile | None:
+    """Whole rows in registers: 64 numbers of hidden a lane at most. None where a row is too wide for that."""
+    block_h = max(256, triton.next_power_of_2(width))
+    if block_h > 8192:
+        return None
+    num_warps = max(4, min(16, block_h // 512))
+    per_lane = 32 if indexed else 64  # the action head also keeps a gathered weight row a token
+    return Tile(max(1, min(16, per_lane * 32 * num_warps // block_h)), block_h, num_warps)
+
+
+def gradient_tile(width: int) -> Tile:
+    return Tile(8, min(1024, max(256, triton.next_power_of_2(width))), 4)
+
+
+def _programs(num_rows: int, tile: Tile, device: torch.device) -> int:
+    """Two programs a multiprocessor: enough to fill the memory pipeline, few parts of d weight to add up."""
+    return max(1, min(triton.cdiv(num_rows, tile.block_n), 2 * num_multiprocessors(device)))
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Head:
+    """The head's tensors as the kernels want them: rows contiguous, strides in elements."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    index: Tensor | None
+    offset: Tensor | None
+
+    @property
+    def bias_per_row(self) -> bool:
+        return self.index is not None and self.bias is not None and self.bias.numel() > 1
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, offset: Tensor | None) -> _Head:
+    return _Head(
+        hidden=hidden if hidden.stride(1) == 1 else hidden.contiguous(),
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        index=None if index is None else index.contiguous(),
+        offset=None if offset is None else offset.contiguous(),
+    )
+
+
+def token_rewards(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, offset: Tensor | None,
+    kind: str, temperature: float, clip: float | None, live: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """live: rows where it is 0 are not read and give 0."""
+    head = _head(hidden, weight, bias, index, offset)
+    num_rows, width = hidden.shape
+    out = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    if num_rows:
+        tile = rewards_tile(index is not None)
+        _rewards_kernel[(triton.cdiv(num_rows, tile.block_n),)](
+            head.hidden, head.weight, head.bias, head.index, head.offset, live, out,
+            num_rows, head.hidden.stride(0), temperature, clip,
+            H=width, BIAS_PER_ROW=head.bias_per_row, MODE=_MODES[kind], BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """Where the kernels write; None where the caller wants nothing."""
+
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+    d_bias: Tensor | None
+
+    def tensors(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            hidden.new_empty(0) if self.d_hidden is None else self.d_hidden,
+            weight.new_empty(0) if self.d_weight is None else self.d_weight,
+            weight.new_empty(0) if self.d_bias is None else self.d_bias,
+        )
+
+
+def _allocate(head: _Head, need_hidden: bool, need_weight: bool) -> _Gradients:
+    # Rows of the action head that no token uses are not written by any kernel.
+    fresh = torch.zeros_like if head.index is not None or not head.hidden.shape[0] else torch.empty_like
+    return _Gradients(
+        torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if need_hidden else None,
+        fresh(head.weight) if need_weight else None,
+        fresh(head.bias) if need_weight and head.bias is not None else None,
+    )
+
+
+def _fused(
+    head: _Head, mode: int, targets: Tensor | None, factors: Tensor, smoothing: float, temperature: float,
+    clip: float | None, need_hidden: bool, need_weight: bool, tile: Tile,
+) -> tuple[Tensor, Tensor, _Gradients, Tensor]:  # fmt: skip
+    """(loss, logits, gradients, slopes) for the modes whose slope is a function of the row alone."""
+    num_rows, width = head.hidden.shape
+    device = head.hidden.device
+    gradients = _allocate(head, need_hidden, need_weight)
+    loss = torch.zeros((), dtype=torch.float32, device=device)
+    logits, slopes = torch.empty((2, num_rows), dtype=torch.float32, device=device).unbind(0)
+    if not num_rows:
+        return loss, logits, gradients, slopes
+    programs = _programs(num_rows, tile, device)
+    dense_weight = need_weight and head.index is None
+    partial_weight = torch.empty((programs, width), dtype=torch.float32, device=device) if dense_weight else None
+    partial_sums = torch.empty((2, programs), dtype=torch.float32, device=device)
+    _fused_kernel[(programs,)](
+        head.hidden, head.weight, head.bias, head.index, head.offset, targets, factors, logits, slopes,
+        gradients.d_hidden, partial_weight, partial_sums,
+        num_rows, head.hidden.stride(0), smoothing, temperature, clip,
+        H=width, BIAS_PER_ROW=head.bias_per_row, MODE=mode, BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+    _finish(head, slopes, gradients, partial_weight, partial_sums, loss if mode <= WGAN else None)
+    return loss, logits, gradients, slopes
+
+
+def _finish(
+    head: _Head, slopes: Tensor, gradients: _Gradients, partial_weight: Tensor | None, partial_sums: Tensor,
+    loss: Tensor | None,
+) -> None:  # fmt: skip
+    """The sums over programs, and for the action head the gradient of the weight's rows."""
+    width, programs = head.hidden.shape[1], partial_sums.shape[1]
+    columns = triton.cdiv(width, 16) if partial_weight is not None else 0
+    d_bias = None if head.bias_per_row else gradients.d_bias
+    if columns or d_bias is not None or loss is not None:
+        _reduce_kernel[(columns + 1,)](
+            partial_weight, partial_sums, gradients.d_weight if columns else None, d_bias, loss, programs, width,
+            BLOCK_P=256, BLOCK_H=16, num_warps=4,
+        )  # fmt: skip
+    if head.index is not None and gradients.d_weight is not None:
+        _scatter(head, slopes, gradients.d_weight, gradients.d_bias if head.bias_per_row else None)
+
+
+def _scatter(head: _Head, slopes: Tensor, d_weight: Tensor, d_bias: Tensor | None) -> None:
+    """d weight[index_t] += slope_t · hidden_t, in the order of the tokens."""
+    num_rows, width = head.hidden.shape
+    keys, order = torch.sort(head.index, stable=True)
+    chunks, block_h = triton.cdiv(num_rows, _RUN_CHUNK), min(1024, max(128, triton.next_power_of_2(width)))
+    head_part, tail_part = torch.empty((2, chunks, width), dtype=torch.float32, device=keys.device).unbind(0)
+    head_bias, tail_bias = torch.empty((2, chunks), dtype=torch.float32, device=keys.device).unbind(0)
+    grid = (chunks, triton.cdiv(width, block_h))
+    _runs_kernel[grid](
+        head.hidden, keys, order, slopes, d_weight, d_bias, head_part, tail_part, head_bias, tail_bias,
+        num_rows, head.hidden.stride(0), width, CHUNK=_RUN_CHUNK, BLOCK_H=block_h, num_warps=4,
+    )  # fmt: skip
+    _join_kernel[grid](
+        keys, d_weight, d_bias, head_part, tail_part, head_bias, tail_bias, num_rows, chunks, width,
+        CHUNK=_RUN_CHUNK, BLOCK_H=block_h, num_warps=4,
+    )  # fmt: skip
+
+
+def head_gradients(
+    slopes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None,
+    need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(d hidden, d weight, d bias) for d z = slopes [N]."""
+    head = _head(hidden, weight, bias, index, None)
+    num_rows, width = hidden.shape
+    gradients = _allocate(head, need_hidden, need_weight)
+    if num_rows and (need_hidden or need_weight):
+        tile = gradient_tile(width)
+        programs = _programs(num_rows, tile, hidden.device)
+        dense_weight = need_weight and index is None
+        partial_weight = (
+            torch.empty((programs, width), dtype=torch.float32, device=hidden.device) if dense_weight else None
+        )
+        partial_sums = torch.empty((1, programs), dtype=torch.float32, device=hidden.device)
+        _gradient_kernel[(programs, triton.cdiv(width, tile.block_h))](
+            head.hidden, head.weight, head.index, slopes, gradients.d_hidden, partial_weight, partial_sums,
+            num_rows, head.hidden.stride(0), H=width, BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+        _finish(head, slopes, gradients, partial_weight, partial_sums, None)
+    return gradients.tensors(hidden, weight)
+
+
+def token_rewards_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, offset: Tensor | None,
+    kind: str, temperature: float, clip: float | None, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tile = fused_tile(hidden.shape[1], index is not None)
+    if tile is None:
+        from .token_head import reward_of
+
+        z = token_rewards(hidden, weight, bias, index, offset, "logit", 1.0, None)
+        slopes = (grad * reward_of(z, kind, temperature, clip)[1]).contiguous()
+        return *head_gradients(slopes, hidden, weight, bias, index, need_hidden, need_weight), slopes
+    head = _head(hidden, weight, bias, index, offset)
+    _, _, gradients, slopes = _fused(
+        head, _MODES[kind], None, grad.contiguous(), 0.0, temperature, clip, need_hidden, need_weight, tile
+    )
+    return *gradients.tensors(hidden, weight), slopes
+
+
+def discriminator_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, index: Tensor | None,
+    offset: Tensor | None, cu_seqlens: Tensor | None, pairs: Tensor | None, loss: str, label_smoothing: float,
+    margin: float, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    targets, weights = targets.contiguous(), weights.contiguous()
+    tile = fused_tile(hidden.shape[1], index is not None)
+    if loss != "pairwise" and tile is not None:
+        head = _head(hidden, weight, bias, index, offset)
+        value, logits, gradients, slopes = _fused(
+            head, _MODES[loss], targets, weights, label_smoothing, 1.0, None, need_hidden, need_weight, tile
+        )
+        return value, logits, *gradients.tensors(hidden, weight), slopes
+    logits = token_rewards(hidden, weight, bias, index, offset, "logit", 1.0, None, live=weights)
+    if loss == "pairwise":
+        value, slopes = _pairwise(logits, weights, cu_seqlens.contiguous(), pairs.contiguous(), margin)
+    else:
+        from .token_head import bce_of, wgan_of
+
+        value, slopes = bce_of(logits, targets, weights, label_smoothing) if loss == "bce" else wgan_of(
+            logits, targets, weights
+        )  # fmt: skip
+    return value, logits, *head_gradients(slopes, hidden, weight, bias, index, need_hidden, need_weight), slopes
+
+
+def _pairwise(
+    logits: Tensor, weights: Tensor, cu_seqlens: Tensor, pairs: Tensor, margin: float
+) -> tuple[Tensor, Tensor]:
+    sequences = pairs.numel()
+    slopes = torch.zeros_like(logits)
+    if not sequences:
+        return logits.new_zeros(()), slopes
+    score, mass, score_slope = torch.empty((3, sequences), dtype=torch.float32, device=logits.device).unbind(0)
+    blocks = triton.cdiv(sequences, 64)
+    partial_loss = torch.empty(blocks, dtype=torch.float32, device=logits.device)
+    _score_kernel[(sequences,)](logits, weights, cu_seqlens, score, mass, BLOCK=512, num_warps=4)
+    _pair_kernel[(blocks,)](score, mass, pairs, partial_loss, score_slope, sequences, margin, BLOCK=64, num_warps=4)
+    _spread_kernel[(sequences,)](score_slope, weights, cu_seqlens, slopes, BLOCK=512, num_warps=4)
+    return partial_loss.sum(), slopes
+
+
+def scale_gradient_(gradient: Tensor, scale: Tensor) -> None:
+    if gradient.numel():
+        block = 4096
+        grid = (triton.cdiv(gradient.numel(), block),)
+        _scale_kernel[grid](gradient, scale, gradient.numel(), BLOCK=block, num_warps=8)
+
+
+def shipped_launches() -> dict:
+    """The launches that are compiled for every chip by `cross_compile`: the shapes of the benchmark, at bf16."""
+    num_rows, sequences, vocabulary = 32768, 256, 151936
+    vector = torch.empty(num_rows, device="meta")
+    index = torch.empty(num_rows, dtype=torch.int64, device="meta")
+    cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+    pairs = torch.empty(sequences, dtype=torch.int64, device="meta")
+    launches = {}
+    for width in (896, 1536, 3584, 4096, 8192):
+        hidden = torch.empty((num_rows, width), dtype=torch.bfloat16, device="meta")
+        dense = torch.empty(width, dtype=torch.bfloat16, device="meta"), torch.empty(1, device="meta"), None, None
+        action = (
+            torch.empty((vocabulary, width), dtype=torch.bfloat16, device="meta"),
+            torch.empty(vocabulary, device="meta"), index, vector,
+        )  # fmt: skip
+        for name, (weight, bias, rows, offset) in (("linear", dense), ("action", action)):
+            args = (hidden, weight, bias, rows, offset)
+            launches[f"token_rewards {name} H={width}"] = lambda a=args: token_rewards(*a, "gail", 1.0, 5.0)
+            launches[f"token_rewards backward {name} H={width}"] = lambda a=args: token_rewards_backward(
+                vector, *a, "logd", 1.0, None, True, True
+            )
+            for loss in ("bce", "pairwise"):
+                launches[f"discriminator_loss {loss} {name} H={width}"] = lambda a=args, loss=loss: discriminator_loss(
+                    *a[:3], vector, vector, *a[3:], cu_seqlens, pairs, loss, 0.1, 1.0, True, True
+                )
+        launches[f"scale_gradient H={width}"] = lambda h=hidden: scale_gradient_(h, vector[0])
+    return launches
