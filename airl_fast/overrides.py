@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from airl_fast.errors import UserError
-
-
-class Section(BaseModel):
-    """Base of every configuration model: frozen, and a key it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
-
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -172,8 +165,8 @@ def load_config(model_cls: type[Model], source: Mapping[str, Any], overrides: Se
         errors = sorted(failure.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = _key_of(errors[0], tree)
         sentence = f"{_origin_of(key, words, origin)}: {_explain(errors[0], key, model_cls)}"
-        if len(errors) > 1:
-            more = len(errors) - 1
+        more = len({_key_of(e, tree) for e in errors}) - 1  # a value that fits no member of a union counts once
+        if more:
             sentence = f"{sentence.removesuffix('.')} (and {more} more problem{'s' if more > 1 else ''})."
         raise UserError(sentence) from None
     for key in _truths(tree):  # pydantic reads true as 1, but `seed=true` is a mistake
@@ -246,8 +239,13 @@ def _explain(error: Mapping[str, Any], key: tuple[str, ...], model_cls: type[Bas
     kind, context, value = error["type"], error.get("ctx", {}), error.get("input")
     name = ".".join(key)
     if kind == "extra_forbidden":
-        hint = _did_you_mean(_similar_keys(key, dotted_keys(model_cls)))
-        return f"unknown key '{name}'{hint or '; remove it.'}"
+        known = dotted_keys(model_cls)
+        siblings = [k.split(".")[-1] for k in known if k.split(".")[:-1] == list(key[:-1])]
+        where = f"'{'.'.join(key[:-1])}'" if len(key) > 1 else "the configuration"
+        hint = _did_you_mean(_similar_keys(key, known))
+        return f"unknown key '{name}'{hint or f'; the keys of {where} are: ' + ', '.join(siblings) + '.'}"
+    if kind == "missing" and key[-1].isdigit():
+        return f"'{'.'.join(key[:-1])}' needs more than {key[-1]} item{'s' if key[-1] != '1' else ''}."
     if kind == "missing":
         return f"'{name}' is required; add it."
     if kind == "union_tag_not_found":
@@ -259,14 +257,18 @@ def _explain(error: Mapping[str, Any], key: tuple[str, ...], model_cls: type[Bas
         kind, name, value = "literal_error", ".".join(key), error["ctx"]["tag"]
     field = _field(model_cls, key)
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
-        return f"'{name}' is {value!r}, which is out of range; it must be {_range(field, context)}."
+        allowed = _range(field, context)
+        if kind == "finite_number":
+            allowed = f"finite and {allowed}" if allowed else "finite"
+        return f"'{name}' is {value!r}, which is out of range; it must be {allowed}."
     if kind in ("literal_error", "enum"):
         options = re.findall(r"'([^']*)'", context.get("expected", ""))
         hint = _did_you_mean(difflib.get_close_matches(str(value), options, n=1))
         return f"'{name}' is {value!r}{hint or ','} {'It' if hint else 'but it'} must be {context.get('expected')}."
     if kind == "value_error":
         text = str(context.get("error", error["msg"])).strip().removesuffix(".")
-        return f"'{name}' {text}." if name else f"{text}."
+        whole_section = isinstance(value, (Mapping, BaseModel))  # a check across keys names them itself
+        return f"{text}." if whole_section else f"'{name}': {text}."
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"'{name}' is a section of keys, not the single value {value!r}; write '{name}.KEY'."
     if kind in _EXPECTED:
@@ -293,7 +295,7 @@ def _range(field: FieldInfo | None, context: Mapping[str, Any]) -> str:
             if getattr(item, name, None) is not None:
                 bounds[name] = getattr(item, name)
     words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
-    return " and ".join(f"{words[b]} {bounds[b]}" for b in words if b in bounds) or "a finite number"
+    return " and ".join(f"{words[b]} {bounds[b]}" for b in words if b in bounds)
 
 
 # ---------------------------------------------------------------------------------------------- names of keys
@@ -349,14 +351,8 @@ def _similar_keys(key: tuple[str, ...], known: Sequence[str]) -> list[str]:
     same_leaf = [k for k in known if k.split(".")[-1] == leaf]  # right name, wrong section
     if same_leaf:
         return same_leaf[:2]
-    return (
-        difflib.get_close_matches(".".join(key), known, n=1)
-        or [
-            k
-            for k in known
-            if k.split(".")[-1] in difflib.get_close_matches(leaf, [x.split(".")[-1] for x in known], n=1)
-        ][:2]
-    )
+    elsewhere = difflib.get_close_matches(leaf, {k.split(".")[-1] for k in known}, n=1)
+    return [k for k in known if k.split(".")[-1] in elsewhere][:2]
 
 
 def _did_you_mean(candidates: Sequence[str]) -> str:

@@ -4,10 +4,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from airl_fast.errors import UserError
-from airl_fast.overrides import Section, dotted_keys, dump_yaml, find_preset, load_config, parse_yaml, plain
+from airl_fast.overrides import dotted_keys, dump_yaml, find_preset, load_config, parse_yaml, plain
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class Adam(Section):
@@ -25,6 +29,7 @@ class Head(Section):
     smoothing: float = Field(0.1, ge=0, lt=0.5)
     layers: tuple[int, ...] = (1, 2)
     clip: float | None = None
+    pair: tuple[float, float] = (0.0, 1.0)
 
 
 class Config(Section):
@@ -36,6 +41,16 @@ class Config(Section):
     discriminator: Head = Head()
     optimizer: Annotated[Adam | Sgd, Field(discriminator="name")] = Adam()
     weights: dict[str, float] = {}
+    options: dict[str, int | float | bool | None] = {}
+    even: int = 0
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+    @field_validator("even")
+    @classmethod
+    def _even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError(f"{value} is odd; give an even number.")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -106,10 +121,14 @@ def test_value_with_equals_sign() -> None:
         ("sead=1", "unknown key 'sead'; did you mean 'seed'?"),
         ("discriminator.seed=1", "unknown key 'discriminator.seed'; did you mean 'seed'?"),
         ("discriminater.clip=1", "unknown key 'discriminater'; did you mean 'discriminator'?"),
-        ("zzz=1", "unknown key 'zzz'; remove it."),
+        ("zzz=1", "unknown key 'zzz'; the keys of the configuration are: seed, run, path, fast,"),
+        ("discriminator.q=1", "unknown key 'discriminator.q'; the keys of 'discriminator' are: head, smoothing,"),
+        ("discriminator.pair=[1.0]", "'discriminator.pair' needs more than 1 item."),
         ("discriminator.smoothing=0.7", "'discriminator.smoothing' is 0.7, which is out of range; it must be"
          " at least 0 and less than 0.5."),
         ("optimizer.lr=0", "'optimizer.lr' is 0, which is out of range; it must be greater than 0"),
+        ("discriminator.smoothing=.nan", "is nan, which is out of range; it must be at least 0 and less than 0.5."),
+        ("temperature=.inf", "'temperature' is inf, which is out of range; it must be finite and greater than 0."),
         ("seed=-1", "'seed' is -1, which is out of range; it must be at least 0."),
         ("seed=many", "'seed' must be a whole number, not 'many'."),
         ("seed=1.5", "'seed' must be a whole number, not 1.5."),
@@ -148,6 +167,17 @@ def test_several_mistakes_give_the_first_and_a_count() -> None:
     text = message(source={"seed": -1, "discriminator": {"heed": 1, "smoothing": 9}})
     assert text.startswith("base.yaml: unknown key 'discriminator.heed'")
     assert text.endswith("(and 2 more problems).")
+
+
+def test_a_value_that_fits_no_member_of_a_union_is_one_mistake() -> None:
+    text = message("options.a=[1]", "options.b=true")
+    assert text == "command line, 'options.a=[1]': 'options.a' must be a whole number, not [1]."
+    assert load("options.b=true", "options.c=3").options == {"b": True, "c": 3}
+
+
+def test_checks_of_the_model_speak_for_themselves() -> None:
+    assert message(source={"seed": 13}) == "base.yaml: seed 13 is not allowed with this head; choose another seed."
+    assert message("even=3") == "command line, 'even=3': 'even': 3 is odd; give an even number."
 
 
 def test_union_tags_do_not_appear_in_the_key() -> None:
