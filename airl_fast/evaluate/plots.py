@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,9 +18,11 @@ from airl_fast.errors import UserError
 from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.summary import LOCALISERS, POLICIES, RERANKERS, Summary, read_summary
 
-# Keys of metrics.jsonl -> title of the panel. A key that a run did not log leaves its panel out.
+# Keys of metrics.jsonl -> title of the panel. A key may be logged under its stage ("policy/entropy"). A key that a
+# run did not log leaves its panel out.
 STEP_KEY = "step"
-SECONDS_PREFIX = "seconds_"
+SECONDS_PREFIXES = ("seconds/", "seconds_")
+SECONDS_TOTAL = "step"  # seconds/step is the sum of the phases and what lies between them
 CURVES = {
     "reward_gap": "reward gap (expert − policy)",
     "d_accuracy": "discriminator accuracy",
@@ -30,13 +33,14 @@ CURVES = {
     "clip_fraction": "clipped share of tokens",
     "mismatch_kl": "sampler–trainer mismatch KL",
 }
-FRACTIONS = {"d_accuracy": 0.5, "sample_pass_at_1": None, "clip_fraction": None}  # axis 0..1, and its chance line
+ALIASES = {"d_accuracy": "accuracy"}
+SHARES = {"d_accuracy": 0.5, "sample_pass_at_1": None}  # drawn from 0 to 1, and where chance lies
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PINK, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#8C8C8C"
 PHASES = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, YELLOW)
 BAR_COLOURS = {"airl": BLUE, "reward": BLUE, "grpo": GREEN, "sft": ORANGE, "majority": ORANGE, "logprob": PINK}
-SMOOTHING = 0.9  # weight of the past in the drawn average
+MAX_HALF_WINDOW = 25  # steps on either side that the drawn average takes in, at most
 
 Series = tuple[list[float], list[float]]
 
@@ -58,35 +62,35 @@ def plot_run(run_dir: Path) -> list[Path]:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Every numeric key of a metrics file as (steps, values); null and NaN entries are left out.
+    """Every numeric key of a metrics file as (steps, values), by step; null and NaN entries are left out.
 
-    A broken last line (a run killed while writing) is ignored, any other raises UserError with its number.
+    A step that occurs twice (a run resumed from an earlier checkpoint) counts as last written. Rows without a step
+    are skipped, and so is a broken last line (a run killed while writing); any other raises UserError.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
-    series: dict[str, Series] = {}
+    series: dict[str, dict[float, float]] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            step = float(row[STEP_KEY])
-        except (ValueError, KeyError, TypeError):
+            row = dict(json.loads(line))
+        except (ValueError, TypeError):
             if number == len(lines):
                 break
-            raise UserError(f"{path} line {number} is not a JSON object with a numeric {STEP_KEY!r}.") from None
+            raise UserError(f"{path} line {number} is not a JSON object; restore or delete the line.") from None
+        if not _is_number(row.get(STEP_KEY)):
+            continue
         for key, value in row.items():
-            if key != STEP_KEY and isinstance(value, int | float) and math.isfinite(value):
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(float(value))
+            if key != STEP_KEY and _is_number(value):
+                series.setdefault(key, {})[float(row[STEP_KEY])] = float(value)
     if not series:
         raise UserError(f"{path} holds no finished step yet; let the run take one first.")
-    return series
+    return {key: (sorted(points), [points[s] for s in sorted(points)]) for key, points in series.items()}
 
 
 def curves_figure(series: Mapping[str, Series]) -> Figure:
     """One panel for each logged curve, and the seconds of every phase stacked."""
-    keys = [key for key in CURVES if key in series]
-    phases = sorted(key for key in series if key.startswith(SECONDS_PREFIX))
-    panels = len(keys) + bool(phases)
+    curves = {key: logged for key in CURVES if (logged := _find(series, key)) is not None}
+    phases = _phases(series)
+    panels = len(curves) + bool(phases)
     if panels == 0:
         raise UserError(f"the metrics hold none of the curves to draw: {', '.join(CURVES)}.")
     columns = min(3, panels)
@@ -94,10 +98,10 @@ def curves_figure(series: Mapping[str, Series]) -> Figure:
     figure = _figure(4.2 * columns, 2.9 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     axes = list(grid.flat)
-    for axis, key in zip(axes, keys, strict=False):
-        _draw_curve(axis, key, *series[key])
+    for axis, (key, logged) in zip(axes, curves.items(), strict=False):
+        _draw_curve(axis, key, *logged)
     if phases:
-        _draw_phases(axes[len(keys)], {key: series[key] for key in phases})
+        _draw_phases(axes[len(curves)], phases)
     for unused in axes[panels:]:
         unused.set_visible(False)
     return figure
@@ -116,18 +120,37 @@ def summary_figure(summary: Summary) -> Figure:
     return figure
 
 
+def _find(series: Mapping[str, Series], key: str) -> Series | None:
+    """A curve by its own name, by its name under a stage, or by its alias in the same two ways."""
+    for name in (key, ALIASES.get(key, key)):
+        for logged in sorted(series, key=len):
+            if logged == name or logged.endswith(f"/{name}"):
+                return series[logged]
+    return None
+
+
+def _phases(series: Mapping[str, Series]) -> dict[str, Series]:
+    """Seconds of every phase by its name, in the order logged, without the whole step's."""
+    found = {
+        key.removeprefix(prefix): logged
+        for key, logged in series.items()
+        for prefix in SECONDS_PREFIXES
+        if key.startswith(prefix)
+    }
+    return {name: logged for name, logged in found.items() if name != SECONDS_TOTAL}
+
+
 def _draw_curve(axis: Axes, key: str, steps: list[float], values: list[float]) -> None:
     axis.set_title(CURVES[key])
     axis.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1.0, marker="." if len(steps) < 3 else None)
     axis.plot(steps, _smoothed(values), color=BLUE, linewidth=1.8)
     axis.set_xlabel("step")
-    if key in FRACTIONS:
-        chance = FRACTIONS[key]
-        if chance is not None:
-            axis.axhline(chance, color=GREY, linestyle="--", linewidth=1.0)
-            axis.annotate("chance", (1.0, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8)
-        if key != "clip_fraction":
-            axis.set_ylim(-0.02, 1.02)
+    if key in SHARES:
+        axis.set_ylim(-0.02, 1.02)
+    chance = SHARES.get(key)
+    if chance is not None:
+        axis.axhline(chance, color=GREY, linestyle="--", linewidth=1.0)
+        axis.annotate("chance", (1.0, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8)
 
 
 def _draw_phases(axis: Axes, phases: Mapping[str, Series]) -> None:
@@ -135,14 +158,13 @@ def _draw_phases(axis: Axes, phases: Mapping[str, Series]) -> None:
     steps = sorted({s for recorded, _ in phases.values() for s in recorded})
     lookup = [dict(zip(*series, strict=True)) for series in phases.values()]
     stacks = [_smoothed([table.get(s, 0.0) for s in steps]) for table in lookup]
-    names = [key.removeprefix(SECONDS_PREFIX) for key in phases]
-    colours = [PHASES[i % len(PHASES)] for i in range(len(names))]
-    axis.stackplot(steps, stacks, labels=names, colors=colours, alpha=0.85, edgecolor="white", linewidth=0.4)
+    colours = [PHASES[i % len(PHASES)] for i in range(len(phases))]
+    axis.stackplot(steps, stacks, labels=list(phases), colors=colours, alpha=0.85, edgecolor="white", linewidth=0.4)
     axis.set_title("seconds per step, by phase")
     axis.set_xlabel("step")
     handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], fontsize=7, loc="upper right", framealpha=0.9)  # in the order stacked
-    axis.set_ylim(0, 1.25 * max(sum(column) for column in zip(*stacks, strict=True)) or 1.0)
+    axis.legend(handles[::-1], labels[::-1], fontsize=7, loc="upper right", ncols=2)  # in the order stacked
+    axis.set_ylim(0, 1.4 * max(sum(column) for column in zip(*stacks, strict=True)) or 1.0)  # room for the legend
 
 
 def _draw_bars(
@@ -176,15 +198,16 @@ def _draw_bars(
         axis.legend(fontsize=8, loc="upper left", framealpha=0.9)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential average without a bias towards the first value (the weights seen so far are normalised)."""
-    total = weight = 0.0
-    out = []
-    for value in values:
-        total = SMOOTHING * total + value
-        weight = SMOOTHING * weight + 1.0
-        out.append(total / weight)
-    return out
+    """Centred moving average over a tenth of the run, shorter at both ends: unlike a running one it does not lag."""
+    half = min(len(values) // 20, MAX_HALF_WINDOW)
+    window = np.ones(2 * half + 1)
+    count = np.convolve(np.ones(len(values)), window)[half : half + len(values)]
+    return list(np.convolve(values, window)[half : half + len(values)] / count)
 
 
 def _figure(width: float, height: float) -> Figure:
