@@ -11,13 +11,9 @@ from airl_fast.data.tags import TAGS
 # A run of line breaks, or sentence punctuation (closing quotes and brackets included) followed by a blank.
 _BREAK = re.compile(r"\n(?:\s*\n)?|[.!?]+[\"'”’)\]]*(?=[^\S\n]+\S)")
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
-_ABBREVIATIONS = frozenset(
-    {
-        *("e.g", "i.e", "eg", "ie", "etc", "vs", "cf", "approx", "ca", "resp", "al", "viz", "min", "max", "avg"),
-        *("dr", "mr", "mrs", "ms", "prof", "st", "jr", "sr", "inc", "ltd", "co", "corp", "dept", "est", "u.s", "u.k"),
-        *("no", "nos", "fig", "figs", "eq", "eqs", "sec", "ch", "vol", "pp", "ed", "a.m", "p.m"),
-    }
-)
+# Never the end of a sentence, and not the end of one when a number follows ("No. 5", but "The answer is no. So").
+_BEFORE_NAME = frozenset("e.g i.e eg ie vs cf al viz dr mr mrs ms prof st jr sr u.s u.k".split())  # noqa: SIM905
+_BEFORE_NUMBER = frozenset("no nos fig figs eq eqs sec ch vol p pp approx ca resp est".split())  # noqa: SIM905
 _LAST_WORD = re.compile(r"[\w.]*$")
 
 
@@ -56,13 +52,16 @@ def _has_content(piece: str) -> bool:
 
 
 def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
-    following = text[match.end() :].lstrip()[:1]
+    following = match.group(1)
     if following.islower():
         return False
     if match.group()[0] != "." or match.group().startswith(".."):
         return True
     word = _LAST_WORD.search(text, max(start, match.start() - 24), match.start()).group()
-    if word.lower().strip(".") in _ABBREVIATIONS or (len(word) == 1 and word.isalpha() and word.isupper()):
+    abbreviation = word.lower().strip(".")
+    if abbreviation in _BEFORE_NAME or (abbreviation in _BEFORE_NUMBER and following.isdigit()):
+        return False
+    if len(word) == 1 and word.isupper():
         return False
     is_list_number = word.isdigit() and not _has_content(text[start : match.start() - len(word)])
     return not is_list_number

@@ -138,19 +138,28 @@ def task_names() -> tuple[str, ...]:
     return tuple(_TASKS)
 
 
-def make_task(name: str, **options: object) -> Task:
+def make_task(name: str, *, path: str | None = None, seed: int | None = None, **options: object) -> Task:
     """The task called `name`, a frozen dataclass built from its options (its fields; defaults apply).
 
-    Raises UserError for an unknown task, an unknown option or an option out of range.
+    path: where a task that reads files finds them. seed: of a task that generates; others have fixed splits and
+    ignore it. Raises UserError for an unknown task, an unknown option, an option out of range, or a path that is
+    missing or not wanted.
     """
     if name not in _TASKS:
         raise UserError(f"unknown task {name!r}: {_suggest(name, _TASKS)}")
     module, _, attribute = _TASKS[name].partition(":")
     factory = getattr(import_module(module), attribute)
     known = [field.name for field in fields(factory)]
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             raise UserError(f"task {name!r} has no option {option!r}: {_suggest(option, known)}")
+        _check_type(name, option, value, next(field.default for field in fields(factory) if field.name == option))
+    if "path" in known:
+        options["path"] = path
+    elif path is not None:
+        raise UserError(f"task {name!r} generates its prompts and reads no file: remove data.path.")
+    if "seed" in known and seed is not None:
+        options["seed"] = seed
     return factory(**options)
 
 
@@ -160,6 +169,14 @@ def check_split(task: str, split: str) -> None:
         raise UserError(f"task {task!r} has no split {split!r}: {_suggest(split, SPLITS)}")
 
 
+def _check_type(task: str, option: str, value: object, default: object) -> None:
+    """Raise UserError unless the value has the default's type (any number where the default is None)."""
+    kinds = {bool: bool, int: int, float: (int, float), str: str, type(None): (int, float, type(None))}[type(default)]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+        wanted = "number" if default is None or isinstance(default, float) else type(default).__name__
+        raise UserError(f"task {task!r}: option {option!r} must be a {wanted}, not {value!r}.")
+
+
 def _suggest(name: str, known: Sequence[str]) -> str:
     close = get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
@@ -167,15 +184,18 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ExpertReport:
-    """How many demonstrations a verifier accepts. failed: ids of those it does not."""
+    """How many demonstrations the task's own verifier accepts.
 
-    total: int
+    kept: the examples to use. failed: ids of examples whose demonstration fails.
+    """
+
+    kept: tuple[Example, ...]
     passed: int
-    without_expert: int
     failed: tuple[str, ...]
+    without_expert: int
 
     def __str__(self) -> str:
-        text = f"{self.passed} of {self.total - self.without_expert} demonstrations pass their own verifier"
+        text = f"{self.passed} of {self.passed + len(self.failed)} demonstrations pass their own verifier"
         if self.failed:
             shown = ", ".join(self.failed[:5]) + (", …" if len(self.failed) > 5 else "")
             text += f"; {len(self.failed)} fail ({shown})"
@@ -184,26 +204,26 @@ class ExpertReport:
 
 def check_experts(
     task: Task, examples: Sequence[Example], policy: Literal["keep", "drop", "error"] = "keep"
-) -> tuple[list[Example], ExpertReport]:
-    """Verify every demonstration; return the examples to use and the counts.
+) -> ExpertReport:
+    """Verify every demonstration; the examples to use are the report's `kept`.
 
-    policy: `keep` returns all, `drop` leaves failing ones out, `error` raises UserError when one fails. Examples
+    policy: `keep` keeps all, `drop` leaves failing ones out, `error` raises UserError when one fails. Examples
     without a demonstration are always kept.
     """
     if policy not in ("keep", "drop", "error"):
         raise UserError(f"unknown policy {policy!r} for failing demonstrations: use keep, drop or error.")
     with_expert = [example for example in examples if example.expert is not None]
-    failed = {example.id for example in with_expert if not task.verify(example, example.expert)}
-    report = ExpertReport(
-        total=len(examples),
-        passed=len(with_expert) - len(failed),
-        without_expert=len(examples) - len(with_expert),
-        failed=tuple(example.id for example in with_expert if example.id in failed),
-    )
+    wrong = [not task.verify(example, example.expert) for example in with_expert]
+    failed = tuple(example.id for example, is_wrong in zip(with_expert, wrong, strict=True) if is_wrong)
     if failed and policy == "error":
         raise UserError(
             f"task {task.name!r}: {len(failed)} of {len(with_expert)} demonstrations fail their own verifier "
-            f"(first: {report.failed[0]}); correct them or drop failing ones."
+            f"(first: {failed[0]}); correct them or drop failing ones."
         )
-    kept = [example for example in examples if policy == "keep" or example.id not in failed]
-    return kept, report
+    dropped = set(failed) if policy == "drop" else set()
+    return ExpertReport(
+        kept=tuple(example for example in examples if example.id not in dropped),
+        passed=len(with_expert) - len(failed),
+        failed=failed,
+        without_expert=len(examples) - len(with_expert),
+    )

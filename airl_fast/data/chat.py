@@ -1,0 +1,160 @@
+"""Prompts and completions as tokens, through the tokenizer's own chat template.
+
+A conversation is `prompt tokens + completion tokens + end-of-turn`. The prompt is rendered with the generation
+prompt; the completion is tokenised on its own, as the sampler would continue it; what the template writes after the
+end-of-turn token (ChatML's newline) belongs to neither, because a completion that ended with it would shift every
+reward by one token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from airl_fast.data.tags import format_trace
+from airl_fast.data.token_bytes import TokenBytes
+from airl_fast.errors import UserError
+
+# A conversation to learn the layout from. Its characters are those of the smallest vocabulary, generated arithmetic.
+_PROBE_PROMPT = "1 + 1?"
+_PROBE_TRACE = format_trace("1 + 1 = 2", "2")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """One tokenizer's way to write a conversation. Make it with `from_tokenizer`.
+
+    end_of_turn: the token that closes an assistant message.
+    """
+
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    end_of_turn: int
+    _bytes: TokenBytes = field(repr=False, compare=False)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat":
+        """Read the layout off the tokenizer's chat template by rendering a probe conversation.
+
+        Raises UserError when the tokenizer is slow or has no template, or when the template does not keep the
+        assistant's text as it is: then training would see other tokens than the sampler writes.
+        """
+        name = tokenizer.name_or_path or "given"
+        if not tokenizer.is_fast:
+            raise UserError(f"tokenizer {name!r} is not a fast one; save it with a tokenizer.json and try again.")
+        if not tokenizer.chat_template:
+            raise UserError(f"tokenizer {name!r} has no chat template; set model.chat_template.")
+        token_bytes = TokenBytes.of(tokenizer)
+        probe = cls(tokenizer, -1, token_bytes)
+        prompt = probe._render(_messages(_PROBE_PROMPT, None), generate=True)
+        full = probe._render([*_messages(_PROBE_PROMPT, None), _assistant(_PROBE_TRACE)], generate=False)
+        _check_verbatim(name, prompt, full)
+        suffix = full[len(prompt) + len(_PROBE_TRACE) :]
+        chat = cls(tokenizer, _end_of_turn(tokenizer, suffix, name), token_bytes)
+        closing = tokenizer.convert_ids_to_tokens(chat.end_of_turn)
+        chat._check_tokens(name, prompt + _PROBE_TRACE, closing if suffix.startswith(closing) else "")
+        return chat
+
+    def prompt_tokens(self, prompt: str, system: str | None = None) -> list[int]:
+        """Token ids of the rendered prompt, generation prompt included; no other special tokens are added."""
+        return self._encode(self._render(_messages(prompt, system), generate=True))
+
+    def completion_tokens(self, text: str, finished: bool = True) -> list[int]:
+        """Token ids of the text alone, then the end-of-turn token when `finished`.
+
+        A text that spells the end-of-turn token out gets ordinary tokens for it: only a real end ends a trace.
+        """
+        tokens = self._encode(text)
+        if self.end_of_turn in tokens:
+            tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*tokens, self.end_of_turn] if finished else tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of completion tokens; the end-of-turn token and anything after it are left out.
+
+        Bytes that are no UTF-8 become U+FFFD. Other special tokens keep their spelling, so that text and tokens
+        stay aligned.
+        """
+        return self._bytes.decode(self._until_end(tokens))
+
+    def token_char_spans(self, text: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """(start, end) in `text` of every token, in order; the end-of-turn token has the empty span at the end.
+
+        A token that holds part of a multi-byte character covers that whole character, so such tokens overlap.
+        Raises ValueError unless the tokens spell the text.
+        """
+        inside = self._until_end(tokens)
+        spelt, spans = self._bytes.spans(inside)
+        if spelt != text:
+            raise ValueError(f"the tokens spell {spelt[:60]!r}…, not the text {text[:60]!r}…")
+        return spans + [(len(text), len(text))] * (len(tokens) - len(inside))
+
+    def _until_end(self, tokens: Sequence[int]) -> list[int]:
+        tokens = list(tokens)
+        return tokens[: tokens.index(self.end_of_turn)] if self.end_of_turn in tokens else tokens
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = " and ".join(message["role"] for message in messages)
+            raise UserError(
+                f"the chat template cannot render a conversation of {roles} ({error}); "
+                "drop data.system or set model.chat_template."
+            ) from error
+
+    def _check_tokens(self, name: str, conversation: str, closing: str) -> None:
+        """The tokens of the parts must be the tokens of the whole, at the seam with the prompt and at the end."""
+        parts = self.prompt_tokens(_PROBE_PROMPT) + self.completion_tokens(_PROBE_TRACE, finished=bool(closing))
+        if self._encode(conversation + closing) != parts:
+            raise UserError(
+                f"tokenizer {name!r} reads a completion differently on its own and after the prompt; let its chat "
+                "template end the generation prompt with a newline or a special token (model.chat_template)."
+            )
+        if self.decode(self.completion_tokens(_PROBE_TRACE)) != _PROBE_TRACE:
+            raise UserError(f"tokenizer {name!r} does not give a trace back after encoding and decoding; use another.")
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    user = {"role": "user", "content": prompt}
+    return [user] if system is None else [{"role": "system", "content": system}, user]
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _check_verbatim(name: str, prompt: str, full: str) -> None:
+    if not full.startswith(prompt):
+        raise UserError(
+            f"the chat template of tokenizer {name!r} writes a generation prompt that its finished conversations lack; "
+            "set model.chat_template to one that renders both alike."
+        )
+    if not full.startswith(prompt + _PROBE_TRACE):
+        raise UserError(
+            f"the chat template of tokenizer {name!r} strips or rewrites the assistant's text (reasoning tags, blanks); "
+            "set model.chat_template to one that keeps it as it is."
+        )
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, suffix: str, name: str) -> int:
+    """The first special token the template writes after an assistant message, else the end-of-sequence token."""
+    special = {*tokenizer.all_special_ids, *_special_added_tokens(tokenizer)}
+    for token in tokenizer(suffix, add_special_tokens=False)["input_ids"]:
+        if token in special:
+            if not suffix.startswith(tokenizer.convert_ids_to_tokens(token)):
+                break
+            return token
+    if suffix.strip() or tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the chat template of tokenizer {name!r} does not end an assistant message with a special token; "
+            "set model.chat_template to one that writes the end-of-turn token right after the text."
+        )
+    return tokenizer.eos_token_id
+
+
+def _special_added_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
