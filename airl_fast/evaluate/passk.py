@@ -67,8 +67,8 @@ def pass_at_k_per_prompt(correct: ArrayLike, k: int) -> Floats:
     check_k(k, n)
     wrong = n - correct.sum(axis=1)
     miss = np.ones(len(wrong))
-    for drawn in range(k):  # C(wrong, k) / C(n, k) as a product of ratios, which neither overflows nor cancels
-        miss *= np.maximum(wrong - drawn, 0) / (n - drawn)
+    for drawn in range(k):  # C(wrong, k) / C(n, k) as a product of ratios: no overflow, and 0 once wrong ones run out
+        miss *= (wrong - drawn) / (n - drawn)
     return 1.0 - miss
 
 

@@ -52,6 +52,8 @@ def test_rules_by_hand():
     assert trace_hits(steps, suspicion(steps, "argmin"), [3, 0]).hit_at_1 == pytest.approx([1.0, 1.0])
     below = suspicion(steps, "first_below", threshold=1.5)
     assert trace_hits(steps, below, [1, 0]).hit_at_1 == pytest.approx([1.0, 1.0])
+    at = suspicion(steps, "first_below", threshold=1.0)  # the step at the threshold itself is not below it
+    assert trace_hits(steps, at, [2, 0]).hit_at_1 == pytest.approx([1.0, 1.0])
     # Nothing below -5: the lowest is named. The ranking puts steps below in order, then the rest by score.
     assert trace_hits(steps, suspicion(steps, "first_below", threshold=-5.0), [3, 0]).hit_at_1.tolist() == [1.0, 1.0]
     assert trace_hits(steps, below, [0, 1]).reciprocal_rank == pytest.approx([1 / 4, 1 / 2])
@@ -127,8 +129,8 @@ def test_threshold_lies_between_right_and_wrong_steps():
 
 def test_position_baseline_names_the_commonest_position_within_reach():
     steps = steps_of(np.zeros(4), np.zeros(4), np.zeros(2), np.zeros(1))
-    level = position_suspicion(steps, [2, 2, 2, 1, -1, 9])
-    np.testing.assert_array_equal(level[:4], [0, 1, 3, 0])
+    level = position_suspicion(steps, [2, 2, 2, 2, 1, 1, 1, 0, 0, -1, 9])
+    np.testing.assert_array_equal(level[:4], [2, 3, 4, 0])
     got = trace_hits(steps, level, [2, 1, 1, 0])
     assert got.hit_at_1 == pytest.approx([1.0, 0.0, 1.0, 1.0])
     assert got.reciprocal_rank == pytest.approx([1.0, 0.5, 1.0, 1.0])
