@@ -46,8 +46,8 @@ def parse_row(path: Path, number: int, line: str) -> dict:
     """One line as a JSON object, or UserError."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "a number or nesting beyond reason")
         raise UserError(f"{path}:{number}: not JSON ({reason}); write one JSON object a line.") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: a {type(row).__name__}, not an object; write {{...}} with the fields.")

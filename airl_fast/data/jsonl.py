@@ -4,6 +4,7 @@
 dev.jsonl, test.jsonl and warmstart.jsonl (each may end in .gz).
 """
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def parse_example(path: Path, number: int, row: dict) -> Example:
     """
     prompt = text_field(path, number, row, "prompt")
     answer = row.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     else:
         answer = text_field(path, number, row, "answer").strip()

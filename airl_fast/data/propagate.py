@@ -11,8 +11,9 @@ from airl_fast.data.perturb import NUMBER, Perturbation, literals
 from airl_fast.data.tags import thought_span
 from airl_fast.data.verify import format_number, parse_number, safe_arithmetic
 
-_SIDE = rf"[$€£(\s]*{NUMBER}[)%\s]*(?:[+\-−*/×÷][$€£(\s]*{NUMBER}[)%\s]*)+"
-_EQUATION = re.compile(rf"(?P<left>{_SIDE})(?P<equals>=\s*[$€£]?)(?P<right>-?{NUMBER})")
+_BEFORE, _AFTER = r"[$€£( \t]*", r"[)% \t]*"
+_SIDE = rf"{_BEFORE}{NUMBER}{_AFTER}(?:[+\-−*/×÷x]{_BEFORE}{NUMBER}{_AFTER})+"
+_EQUATION = re.compile(rf"(?P<left>{_SIDE})(?P<equals>=[ \t]*[$€£]?)(?P<right>-?{NUMBER})")
 _TOKEN = re.compile(rf"{_EQUATION.pattern}|(?P<number>{NUMBER})")
 _LITERAL = re.compile(NUMBER)
 _CURRENCY = re.compile(r"[$€£%,]")
@@ -31,6 +32,8 @@ def propagate_numbers(original: str, change: Perturbation) -> str | None:
     edited = _changed_literal(original, change.text)
     if edited is not None:
         (left, right), old = edited
+        if parse_number(old) is None:
+            return None
         renamed[parse_number(old)] = change.text[left:right]
     else:
         left = right = change.first_changed
@@ -83,6 +86,8 @@ def _rewrite_equation(match: re.Match[str], renamed: dict[Fraction, str], touche
     result = format_number(value)
     if result is None:
         return None
+    if "," in match["right"] and value.denominator == 1:
+        result = f"{int(value):,}"
     old = parse_number(match["right"])
     if old is not None and old != value:
         renamed[abs(old)] = result
@@ -91,7 +96,7 @@ def _rewrite_equation(match: re.Match[str], renamed: dict[Fraction, str], touche
 
 def _evaluate(side: str) -> Fraction | None:
     """Value of a left side; decimals are scaled to integers first, because the evaluator takes integers only."""
-    bare = _CURRENCY.sub("", side).strip()
+    bare = _CURRENCY.sub("", side).replace("x", "*").strip()
     scaled = re.sub(r"(\d*)\.(\d+)", lambda m: f"({int(m[1] + m[2])}/{10 ** len(m[2])})", bare)
     scaled = re.sub(r"\b0+(?=\d)", "", scaled)
     expression = safe_arithmetic(scaled)
