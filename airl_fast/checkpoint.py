@@ -204,10 +204,14 @@ def _refuse_nonfinite(directory: Path, name: str, allowed: Collection[str]) -> N
         with safe_open(path, framework="pt") as tensors:
             for key in tensors.keys():
                 tensor = tensors.get_tensor(key)
-                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                    label = key.partition(":")[2].strip("/") or key
+                if not tensor.is_floating_point():
+                    continue
+                if tensor.itemsize == 1:  # torch has no isfinite for float8
+                    tensor = tensor.float()
+                if not torch.isfinite(tensor).all():
+                    label = f"{part} {key.partition(':')[2].strip('/') if ':' in key else key}".strip()
                     raise NonFiniteError(
-                        f"{name} was not saved because {part} {label} holds NaN or infinity; the last good checkpoint "
+                        f"{name} was not saved because {label} holds NaN or infinity; the last good checkpoint "
                         f"is untouched, so lower the learning rate and continue with --resume auto."
                     )
 
@@ -357,6 +361,8 @@ class SignalGuard:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None:
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h\n")  # the live panel hides the cursor
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
