@@ -1,0 +1,137 @@
+"""How many rows of logits to hold at once, and the matrix products between the row kernels."""
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._common import accumulate_dtype
+
+_MIB = 1 << 20
+# The CPU budget is fixed so that results there repeat bit for bit whatever else the machine is doing. It stays
+# below the size from which glibc returns every freed buffer to the kernel and pays for its pages again (32 MiB).
+_CPU_BUDGET = 24 * _MIB
+# On CUDA a quarter of what is free. Every chunk reads and writes the fp32 weight gradient once more (8·V·H bytes),
+# so chunks should be large; beyond the ceiling that traffic is a few percent of the chunk's own products.
+_CUDA_SHARE, _CUDA_FLOOR, _CUDA_CEILING = 0.25, 256 * _MIB, 6144 * _MIB
+
+
+def logits_budget(device: torch.device) -> int:
+    """Bytes one chunk of logits may take on this device."""
+    if device.type != "cuda":
+        return _CPU_BUDGET
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return int(min(max(free * _CUDA_SHARE, _CUDA_FLOOR), _CUDA_CEILING))
+
+
+def chunk_slices(hidden: Tensor, weight: Tensor, chunk_rows: int) -> list[slice]:
+    """Cut the rows of hidden into the fewest chunks whose logits fit, of near equal size.
+
+    chunk_rows: the most rows of one chunk; 0 takes it from `logits_budget`.
+    """
+    num_rows = hidden.shape[0]
+    if num_rows == 0:
+        return []
+    most = chunk_rows or max(1, logits_budget(hidden.device) // (weight.shape[0] * hidden.dtype.itemsize))
+    chunks = -(-num_rows // most)
+    size = -(-num_rows // chunks)
+    if chunks > 1 and most >= 128:
+        size = min(-(-size // 128) * 128, most)  # whole tiles for the products
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def logit_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: list[slice]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, hidden[rows] @ weight.T + bias), one buffer for all; the caller may overwrite it."""
+    if not parts:
+        return
+    buffer = hidden.new_empty(parts[0].stop, weight.shape[0])
+    columns = weight.t()
+    for part in parts:
+        rows = hidden[part]
+        logits = buffer[: rows.shape[0]]
+        if bias is None:
+            torch.mm(rows, columns, out=logits)
+        else:
+            torch.addmm(bias, rows, columns, out=logits)
+        yield part, logits
+
+
+class Gradients:
+    """Gradients of hidden, weight and bias, built chunk by chunk from logits that are overwritten by their own.
+
+    Those of weight and bias accumulate in fp32 (fp64 for fp64 inputs), over chunks of any size.
+    """
+
+    def __init__(
+        self,
+        kernels: ModuleType | type,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: Sequence[bool],
+        compact: bool = False,
+    ) -> None:
+        """needs: which of hidden, weight, bias. compact: leave rows without gradient out of the products."""
+        self.inputs, self.kernels, self.compact = (hidden, weight, bias), kernels, compact
+        self.need_hidden, self.need_weight, self.need_bias = needs
+        self.dtype = accumulate_dtype(weight)
+        self.d_hidden = hidden.new_empty(hidden.shape if self.need_hidden else 0)
+        self.d_weight = weight.new_empty(weight.shape if self.need_weight else 0, dtype=self.dtype)
+        self.d_bias = weight.new_zeros(weight.shape[0] if self.need_bias else 0, dtype=self.dtype)
+        self._started = False
+
+    def add(
+        self,
+        part: slice,
+        logits: Tensor,
+        targets: Tensor,
+        mapping: NamedTuple,
+        row_max: Tensor,
+        log_sum: Tensor,
+        entropy: Tensor | None,
+        grad_logprob: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> None:
+        """Add the rows `part`. logits are this chunk's, consumed here; all other tensors hold every row, [M].
+
+        grad_logprob None means 1 everywhere. `compact` looks at grad_logprob alone.
+        """
+        hidden, weight, _ = self.inputs
+        rows, columns = hidden[part], (targets, row_max, log_sum, entropy, grad_logprob, grad_entropy)
+        columns = [None if c is None else c[part] for c in columns]
+        keep = None
+        if self.compact:
+            keep = columns[4].nonzero()[:, 0]  # the host waits for the device here
+            rows, logits = rows.index_select(0, keep), logits.index_select(0, keep)
+            columns = [None if c is None else c.index_select(0, keep) for c in columns]
+        self.kernels.logit_gradient_(logits, columns[0], mapping, *columns[1:])
+        if self.need_hidden and keep is None:
+            torch.mm(logits, weight, out=self.d_hidden[part])
+        elif self.need_hidden:
+            self.d_hidden[part].zero_().index_copy_(0, keep, torch.mm(logits, weight))
+        if self.need_bias:
+            self.d_bias += logits.sum(0, dtype=self.dtype)
+        if self.need_weight:
+            self._add_product(logits.t(), rows)
+
+    def _add_product(self, left: Tensor, right: Tensor) -> None:
+        """d_weight += left @ right, or = on the first call."""
+        total, beta = self.d_weight, 1.0 if self._started else 0.0
+        if left.dtype == self.dtype:
+            torch.addmm(total, left, right, beta=beta, out=total)
+        elif left.is_cuda:
+            torch.addmm(total, left, right, out_dtype=self.dtype, beta=beta, out=total)
+        else:  # the CPU has no product of bf16 into fp32
+            torch.addmm(total, left.to(self.dtype), right.to(self.dtype), beta=beta, out=total)
+        self._started = True
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(d hidden in its dtype, d weight and d bias in the accumulation type), empty where not needed."""
+        if not self._started:
+            self.d_weight.zero_()
+        return self.d_hidden, self.d_weight, self.d_bias

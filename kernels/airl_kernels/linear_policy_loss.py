@@ -1,0 +1,207 @@
+"""Clipped policy-gradient losses straight from hidden states, with gradients made in the forward pass.
+
+The loss is that of `policy_loss.py`, the log-probabilities those of `logprob.py`. A chunk of logits is made by one
+matrix product and reduced to log-probabilities; the loss and its slope in each follow per token; the logits are
+overwritten by their gradient, which is multiplied by weight and hidden. Three products for loss and gradients
+together, two with a frozen weight, one without gradients. The backward pass scales what is there by d loss.
+
+This file is the contract and the CPU's implementation; on CUDA the row kernels are Triton's.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ._chunking import Gradients, chunk_slices, logit_chunks
+from ._common import NAMESPACE, accumulate_dtype
+from .logprob import LogitMap, check_chunk_rows, check_head, check_mapping, scaled
+from .policy_loss import NUM_TERMS, OBJECTIVE, Clip, PolicyStats, Reference, TokenInputs, check_loss, summarise
+
+
+def linear_loss_forward(
+    kernels: ModuleType | type,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    inputs: TokenInputs,
+    cu_seqlens: Tensor | None,
+    clip: Clip,
+    mapping: LogitMap,
+    entropy: bool,
+    compact: bool,
+    chunk_rows: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """(Σ objective [], terms [8, M], log π [M], entropy [M] or [0], d hidden, d weight, d bias)."""
+    num_rows, dtype = hidden.shape[0], accumulate_dtype(hidden)
+    logprobs, row_max, log_sum, slope = (hidden.new_empty(num_rows, dtype=dtype) for _ in range(4))
+    entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+    terms = logprobs.new_empty(NUM_TERMS, num_rows)
+    parts = chunk_slices(hidden, weight, chunk_rows)
+    # A sequence's ratio needs all its rows before the first slope is known. With several chunks that leaves two
+    # ways: with a frozen weight, gradients of log π itself, scaled afterwards; otherwise logits made twice.
+    late = cu_seqlens is not None and len(parts) > 1
+    frozen = late and needs[0] and not needs[1] and not needs[2]
+    gradients = Gradients(kernels, hidden, weight, bias, needs, compact and not frozen)
+    norms = row_max, log_sum, None
+    for part, logits in logit_chunks(hidden, weight, bias, parts):
+        reduced = logprobs[part], row_max[part], log_sum[part], entropies[part] if entropy else None
+        kernels.row_stats(logits, targets[part], mapping, *reduced)
+        if not late:
+            sequence = None if cu_seqlens is None else kernels.sequence_log_ratio(logprobs, inputs, cu_seqlens)
+            kernels.surrogate_terms(logprobs[part], inputs.part(part), sequence, clip, terms[:, part], slope[part])
+        if any(needs) and (frozen or not late):
+            gradients.add(part, logits, targets, mapping, *norms, None if frozen else slope, None)
+    if late:
+        sequence = kernels.sequence_log_ratio(logprobs, inputs, cu_seqlens)
+        kernels.surrogate_terms(logprobs, inputs, sequence, clip, terms, slope)
+    if frozen:
+        gradients.d_hidden = kernels.scale_rows(gradients.d_hidden, slope, hidden.dtype)
+    elif late and any(needs):
+        for part, logits in logit_chunks(hidden, weight, bias, parts):
+            gradients.add(part, logits, targets, mapping, *norms, slope, None)
+    return terms[OBJECTIVE].sum(), terms, logprobs, entropies, *gradients.finish()
+
+
+# ---- op, fake, autograd ----------------------------------------------------------------------------------------
+
+
+def _run(kernels, hidden, weight, targets, bias, old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio,
+         cu_seqlens, surrogate, clip, mapping, entropy, compact, chunk_rows, needs):  # fmt: skip
+    inputs = TokenInputs(old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio)
+    settings = Clip(surrogate, *clip), LogitMap(*mapping), entropy, compact, chunk_rows, needs
+    return linear_loss_forward(kernels, hidden, weight, targets, bias, inputs, cu_seqlens, *settings)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_ppo_loss", mutates_args=(), device_types="cpu")
+def _linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    is_ratio: Tensor | None,
+    cu_seqlens: Tensor | None,
+    surrogate: str,
+    clip: Sequence[float],
+    mapping: Sequence[float],
+    entropy: bool,
+    compact: bool,
+    chunk_rows: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run(
+        Reference, hidden, weight, targets, bias, old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio,
+        cu_seqlens, surrogate, clip, mapping, entropy, compact, chunk_rows, needs,
+    )  # fmt: skip
+
+
+@_linear_ppo_loss.register_kernel("cuda")
+def _(*args):
+    from . import policy_loss_triton
+
+    return _run(policy_loss_triton, *args)
+
+
+@_linear_ppo_loss.register_fake
+def _(hidden, weight, targets, bias, old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio, cu_seqlens,
+      surrogate, clip, mapping, entropy, compact, chunk_rows, needs):  # fmt: skip
+    num_rows, dtype = hidden.shape[0], accumulate_dtype(hidden)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(NUM_TERMS, num_rows, dtype=dtype),
+        hidden.new_empty(num_rows, dtype=dtype),
+        hidden.new_empty(num_rows if entropy else 0, dtype=dtype),
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
+        weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, terms, logprobs, entropy, *gradients = output
+    ctx.mark_non_differentiable(terms, logprobs, entropy, *gradients)
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if t is None else t.dtype for t in (inputs[0], inputs[1], inputs[3])]
+
+
+def _backward(ctx, grad: Tensor, *_ignored):
+    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    d_hidden, d_weight, d_bias = (
+        scaled(gradient, grad, dtype) if wanted else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, need, strict=True)
+    )
+    return d_hidden, d_weight, None, d_bias, *(None,) * 14
+
+
+_linear_ppo_loss.register_autograd(_backward, setup_context=_setup)
+
+
+# ---- public function -------------------------------------------------------------------------------------------
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    variant: str = "ppo",
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    is_ratio: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    rows: Tensor | None = None,
+    entropy: bool = True,
+    compact: bool = False,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """`ppo_loss` of the log-probabilities of `targets` under softmax of `hidden` times `weight`.
+
+    hidden: [N, H]. weight: [V, H], bias: [V] or None, same dtype. targets: int64 [M], within 0 and V-1 where the mask
+    is true. rows: int64 [M], the rows of hidden that count; every other per-token argument, cu_seqlens and all
+    statistics then refer to these M rows, and no other row reaches a matrix product. None: M is N.
+    old_logprobs ... denominator: as in `ppo_loss`. temperature, softcap, logit_scale, chunk_rows: as in `linear_logprob`.
+    entropy: report the entropy (one more pass over the logits in registers; no gradient).
+    compact: keep rows whose slope is 0 (masked, clipped, of zero advantage) out of the backward products. The host
+    waits for the device once per chunk, so not inside CUDA graphs; the kept rows of logits are copied once.
+    Returns (loss [], PolicyStats); gradients reach hidden, weight and bias. No second derivatives.
+
+    Products of the size of the vocabulary: 3 with a trainable weight or bias, 2 with a frozen one, 1 without
+    gradients. "gspo" with a trainable weight needs 4 when the logits of all rows do not fit in one chunk.
+    Raises as `ppo_loss` and `linear_logprob`.
+    """
+    rows_hidden = check_head(hidden, weight, bias, targets, rows)
+    mapping = check_mapping(temperature, softcap, logit_scale)
+    tokens, inputs, sequence, clip, divisor = check_loss(
+        rows_hidden.shape[0], accumulate_dtype(hidden), old_logprobs, advantages, loss_mask, cu_seqlens,
+        clip_low, clip_high, variant, dual_clip, ref_logprobs, beta, is_ratio, denominator,
+    )  # fmt: skip
+    if loss_mask is not None:
+        targets = torch.where(loss_mask, targets, 0)
+    training = torch.is_grad_enabled()
+    needs = [training and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    total, terms, logprobs, entropies, *_ = _linear_ppo_loss(
+        rows_hidden, weight, targets, bias, *inputs.columns(), sequence, clip.surrogate, clip.constants(), mapping,
+        entropy, compact, check_chunk_rows(chunk_rows), needs,
+    )  # fmt: skip
+    # Divided outside the op: the gradients are stored without the (small) factor and scaled by it once, in fp32.
+    statistics = summarise(terms.detach(), tokens, logprobs.detach(), entropies.detach() if entropy else None)
+    return total / divisor, statistics
