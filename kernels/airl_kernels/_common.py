@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -86,6 +87,24 @@ def triton_kernels(family: str) -> ModuleType:
         if error.name != "triton":
             raise
         raise RuntimeError("airl_kernels needs Triton for CUDA tensors; install the `triton` package.") from error
+
+
+def define_op(family: str, reference: Callable, *, mutates: tuple[str, ...] = ()) -> torch.library.CustomOpDef:
+    """The custom op `airl_kernels::<name>` of `<name>_reference`: the reference on every device, Triton on CUDA.
+
+    The Triton half is the function <name> of `<family>_triton.py`, with the same arguments. float64, which exists
+    for gradient checks, runs the reference on CUDA as well.
+    """
+    name = reference.__name__.removesuffix("_reference")
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", reference, mutates_args=mutates)
+
+    @op.register_kernel("cuda")
+    def _(*args):
+        if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+            return reference(*args)
+        return getattr(triton_kernels(family), name)(*args)
+
+    return op
 
 
 @functools.cache

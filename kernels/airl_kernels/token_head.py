@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ._common import (
-    NAMESPACE,
     accumulate_dtype,
     check_offsets,
+    define_op,
     require_cu_seqlens,
     require_dtype,
     require_floating,
@@ -97,7 +97,7 @@ def pairwise_of(z: Tensor, weights: Tensor, cu_seqlens: Tensor, pairs: Tensor, m
     return loss, (score_slope / torch.where(mass > 0, mass, 1.0))[segments] * weights
 
 
-def head_gradients(
+def head_gradients_reference(
     slope: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -129,11 +129,46 @@ def head_gradients(
     return d_hidden, d_weight, d_bias
 
 
+# ---- head_gradients and scale_gradients_: the two ways to a backward pass ---------------------------------------
+
+
+_head_gradients = define_op("token_head", head_gradients_reference)
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        bias.new_empty(bias.shape) if need_weight and bias is not None else weight.new_empty(0),
+    )
+
+
+@_head_gradients.register_fake
+def _(slope, hidden, weight, bias, index, need_hidden, need_weight):
+    return _fake_gradients(hidden, weight, bias, need_hidden, need_weight)
+
+
+def scale_gradients__reference(gradients: list[Tensor], scale: Tensor) -> None:
+    """Multiply in place by a scalar; 1, the usual one, costs no pass over memory."""
+    if scale.item() != 1.0:
+        for gradient in gradients:
+            gradient.mul_(scale)
+
+
+_scale_gradients = define_op("token_head", scale_gradients__reference, mutates=("gradients",))
+
+
+@_scale_gradients.register_fake
+def _(gradients, scale):
+    return None
+
+
 # ---- token_rewards: op, fake, autograd -------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::token_rewards", mutates_args=())
-def _token_rewards(
+def token_rewards_reference(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -147,13 +182,15 @@ def _token_rewards(
     return reward_of(z, kind, temperature, clip)[0]
 
 
+_token_rewards = define_op("token_head", token_rewards_reference)
+
+
 @_token_rewards.register_fake
 def _(hidden, weight, bias, index, offset, kind, temperature, clip):
     return hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden, weight))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::token_rewards_backward", mutates_args=())
-def _token_rewards_backward(
+def token_rewards_backward_reference(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -169,23 +206,16 @@ def _token_rewards_backward(
     """(d hidden, d weight, d bias, d z); recomputes the logits, which costs nothing beside reading hidden for d w."""
     z = logits_of(hidden, weight, bias, index, offset)
     slope = grad * reward_of(z, kind, temperature, clip)[1]
-    return *head_gradients(slope, hidden, weight, bias, index, need_hidden, need_weight), slope
+    return *head_gradients_reference(slope, hidden, weight, bias, index, need_hidden, need_weight), slope
+
+
+_token_rewards_backward = define_op("token_head", token_rewards_backward_reference)
 
 
 @_token_rewards_backward.register_fake
 def _(grad, hidden, weight, bias, index, offset, kind, temperature, clip, need_hidden, need_weight):
     slope = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden, weight))
     return *_fake_gradients(hidden, weight, bias, need_hidden, need_weight), slope
-
-
-def _fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        bias.new_empty(bias.shape) if need_weight and bias is not None else weight.new_empty(0),
-    )
 
 
 def _rewards_setup(ctx, inputs, output) -> None:
@@ -217,8 +247,7 @@ _token_rewards.register_autograd(_rewards_backward, setup_context=_rewards_setup
 # ---- discriminator_loss: op, fake, autograd --------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::discriminator_loss", mutates_args=())
-def _discriminator_loss(
+def discriminator_loss_reference(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -245,7 +274,10 @@ def _discriminator_loss(
         check_offsets(cu_seqlens, z.numel())
         value, slope = pairwise_of(z, weights, cu_seqlens, pairs, margin)
     slope = torch.where(live, slope, 0.0)
-    return value, z, *head_gradients(slope, hidden, weight, bias, index, need_hidden, need_weight), slope
+    return value, z, *head_gradients_reference(slope, hidden, weight, bias, index, need_hidden, need_weight), slope
+
+
+_discriminator_loss = define_op("token_head", discriminator_loss_reference)
 
 
 @_discriminator_loss.register_fake
@@ -258,20 +290,25 @@ def _(hidden, weight, bias, targets, weights, index, offset, cu_seqlens, pairs, 
 
 
 def _loss_setup(ctx, inputs, output) -> None:
-    offset = inputs[6]
-    _, logits, d_hidden, d_weight, d_bias, slope = output
-    ctx.mark_non_differentiable(logits, d_hidden, d_weight, d_bias, slope)
-    ctx.save_for_backward(d_hidden, d_weight, d_bias, slope)
+    hidden, weight, bias, _, _, index, offset = inputs[:7]
+    _, logits, *gradients, slope = output
+    ctx.mark_non_differentiable(logits, *gradients, slope)
+    ctx.gradients = gradients
+    ctx.save_for_backward(hidden, weight, bias, index, slope)
     ctx.offset_dtype = None if offset is None else offset.dtype
 
 
 def _loss_backward(ctx, grad: Tensor, *_ignored):
-    d_hidden, d_weight, d_bias, slope = ctx.saved_tensors
+    """The first time, the forward pass's gradients are scaled in place; a repeated backward computes them anew."""
+    hidden, weight, bias, index, slope = ctx.saved_tensors
     need = ctx.needs_input_grad
+    if ctx.gradients is not None:
+        gradients, ctx.gradients = ctx.gradients, None
+        _scale_gradients(gradients, grad)
+    else:
+        gradients = _head_gradients(slope * grad, hidden, weight, bias, index, need[0], need[1] or need[2])
     return (
-        d_hidden * grad.to(d_hidden.dtype) if need[0] else None,
-        d_weight * grad.to(d_weight.dtype) if need[1] else None,
-        d_bias * grad.to(d_bias.dtype) if need[2] else None,
+        *(gradient if needed else None for gradient, needed in zip(gradients, need, strict=False)),
         *(None,) * 3,
         (slope * grad).to(ctx.offset_dtype) if need[6] else None,
         *(None,) * 7,

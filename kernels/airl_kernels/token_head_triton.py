@@ -96,7 +96,7 @@ def _add_terms(z, bias, index_rows, offset, rows, ok, BIAS_PER_ROW: tl.constexpr
 @triton.jit
 def _rewards_kernel(
     hidden, weight, bias, index, offset, live, out, num_rows, stride_hidden, temperature, clip,
-    H: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    H: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < num_rows
@@ -106,7 +106,7 @@ def _rewards_kernel(
     if index is not None:
         index_rows = tl.load(index + rows, mask=ok, other=0)
     products = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
-    for first in tl.static_range(0, H, BLOCK_H):
+    for first in tl.range(0, H, BLOCK_H, num_stages=STAGES):
         columns = first + tl.arange(0, BLOCK_H)
         inside = columns < H
         tile = ok[:, None] & inside[None, :]
@@ -126,6 +126,7 @@ def _fused_kernel(
     hidden, weight, bias, index, offset, targets, factors, logits, slopes, d_hidden, partial_weight, partial_sums,
     num_rows, stride_hidden, smoothing, temperature, clip,
     H: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """factors: the loss's weight of every row, or the incoming gradient of every reward; rows of 0 are not read."""
     program = tl.program_id(0)
@@ -136,8 +137,8 @@ def _fused_kernel(
     d_weight = tl.zeros([BLOCK_H], dtype=tl.float32)
     loss_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
     slope_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for tile in range(program, tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0)):
-        rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for tile in tl.range(program, tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
+        rows = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         ok = rows < num_rows
         factor = tl.load(factors + rows, mask=ok, other=0.0)
         live = factor != 0.0
@@ -174,7 +175,7 @@ def _fused_kernel(
 @triton.jit
 def _gradient_kernel(
     hidden, weight, index, slopes, d_hidden, partial_weight, partial_sums, num_rows, stride_hidden,
-    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -183,8 +184,8 @@ def _gradient_kernel(
         w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     d_weight = tl.zeros([BLOCK_H], dtype=tl.float32)
     slope_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for tile in range(program, tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0)):
-        rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for tile in tl.range(program, tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
+        rows = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         ok = rows < num_rows
         slope = tl.load(slopes + rows, mask=ok, other=0.0)
         slope_sum += slope
@@ -253,11 +254,12 @@ def _runs_kernel(
     key = tl.load(keys + first)
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
     bias_total = 0.0
-    for step in range(0, last - first + 1):
+    for step in range(last - first + 1):
         position = first + step
         row = tl.load(order + position)
         slope = tl.load(slopes + row)
-        h = tl.load(hidden + row * stride_hidden + columns, mask=inside & (slope != 0.0), other=0.0)
+        moves = inside & (tl.full([BLOCK_H], slope, tl.float32) != 0.0)
+        h = tl.load(hidden + row * stride_hidden + columns, mask=moves, other=0.0)
         total += slope * h.to(tl.float32)
         bias_total += slope
         following = tl.load(keys + position + 1, mask=position + 1 < num_rows, other=-1)
@@ -383,33 +385,47 @@ def _scale_kernel(gradient, scale, num_elements, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True, slots=True)
 class Tile:
+    """block_n rows by block_h columns; num_stages tiles of hidden in flight; programs resident on a multiprocessor.
+
+    A multiprocessor of an H200 needs about 40 KB of loads under way to draw its share of the memory's rate.
+    """
+
     block_n: int
     block_h: int
     num_warps: int
+    num_stages: int
+    programs: int = 1
+
+
+# Columns a tile spans: rows, warps and resident programs of the fused kernel. The sums over a row cross all warps.
+_FUSED = {512: (8, 4, 4), 1024: (4, 4, 4), 2048: (2, 4, 4), 4096: (2, 4, 2), 8192: (2, 8, 1)}
 
 
 def rewards_tile(indexed: bool) -> Tile:
-    """A row's 256 columns are one 16-byte load a lane; 16 rows a program give four such loads in flight a lane."""
-    return Tile(8 if indexed else 16, 256, 4)
+    """A row's 256 columns are one 16-byte load a lane; the loop over columns keeps two tiles of 8 KB in flight."""
+    return Tile(8, 256, 4, 2) if indexed else Tile(16, 256, 4, 3)
 
 
 def fused_tile(width: int, indexed: bool) -> Tile | None:
-    """Whole rows in registers: 64 numbers of hidden a lane at most. None where a row is too wide for that."""
-    block_h = max(256, triton.next_power_of_2(width))
+    """Whole rows in registers, so that logit, loss and gradients need one read; wider rows leave room for fewer.
+
+    None where a row is too wide for that; those shapes read hidden twice.
+    """
+    block_h = max(512, triton.next_power_of_2(width))
     if block_h > 8192:
         return None
-    num_warps = max(4, min(16, block_h // 512))
-    per_lane = 32 if indexed else 64  # the action head also keeps a gathered weight row a token
-    return Tile(max(1, min(16, per_lane * 32 * num_warps // block_h)), block_h, num_warps)
+    rows, num_warps, programs = _FUSED[block_h]
+    return Tile(max(1, rows // 2) if indexed else rows, block_h, num_warps, 3, programs)
 
 
 def gradient_tile(width: int) -> Tile:
-    return Tile(8, min(1024, max(256, triton.next_power_of_2(width))), 4)
+    """No row needs another column here, so columns are split over programs as well."""
+    return Tile(4, min(1024, max(512, triton.next_power_of_2(width))), 4, 3, 2)
 
 
 def _programs(num_rows: int, tile: Tile, device: torch.device) -> int:
-    """Two programs a multiprocessor: enough to fill the memory pipeline, few parts of d weight to add up."""
-    return max(1, min(triton.cdiv(num_rows, tile.block_n), 2 * num_multiprocessors(device)))
+    """As many as run at once: more would only add parts of d weight to add up."""
+    return max(1, min(triton.cdiv(num_rows, tile.block_n), tile.programs * num_multiprocessors(device)))
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------
@@ -454,7 +470,7 @@ def token_rewards(
             head.hidden, head.weight, head.bias, head.index, head.offset, live, out,
             num_rows, head.hidden.stride(0), temperature, clip,
             H=width, BIAS_PER_ROW=head.bias_per_row, MODE=_MODES[kind], BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
-            num_warps=tile.num_warps,
+            STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
     return out
 
@@ -506,7 +522,7 @@ def _fused(
         gradients.d_hidden, partial_weight, partial_sums,
         num_rows, head.hidden.stride(0), smoothing, temperature, clip,
         H=width, BIAS_PER_ROW=head.bias_per_row, MODE=mode, BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
-        num_warps=tile.num_warps,
+        STAGES=tile.num_stages, num_warps=tile.num_warps,
     )  # fmt: skip
     _finish(head, slopes, gradients, partial_weight, partial_sums, loss if mode <= WGAN else None)
     return loss, logits, gradients, slopes
@@ -566,7 +582,7 @@ def head_gradients(
         _gradient_kernel[(programs, triton.cdiv(width, tile.block_h))](
             head.hidden, head.weight, head.index, slopes, gradients.d_hidden, partial_weight, partial_sums,
             num_rows, head.hidden.stride(0), H=width, BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
-            num_warps=tile.num_warps,
+            STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
         _finish(head, slopes, gradients, partial_weight, partial_sums, None)
     return gradients.tensors(hidden, weight)
@@ -631,11 +647,11 @@ def _pairwise(
     return partial_loss.sum(), slopes
 
 
-def scale_gradient_(gradient: Tensor, scale: Tensor) -> None:
-    if gradient.numel():
-        block = 4096
-        grid = (triton.cdiv(gradient.numel(), block),)
-        _scale_kernel[grid](gradient, scale, gradient.numel(), BLOCK=block, num_warps=8)
+def scale_gradients_(gradients: list[Tensor], scale: Tensor) -> None:
+    for gradient in gradients:
+        if gradient.numel():
+            grid = (triton.cdiv(gradient.numel(), 4096),)
+            _scale_kernel[grid](gradient, scale, gradient.numel(), BLOCK=4096, num_warps=8)
 
 
 def shipped_launches() -> dict:
@@ -663,5 +679,5 @@ def shipped_launches() -> dict:
                 launches[f"discriminator_loss {loss} {name} H={width}"] = lambda a=args, loss=loss: discriminator_loss(
                     *a[:3], vector, vector, *a[3:], cu_seqlens, pairs, loss, 0.1, 1.0, True, True
                 )
-        launches[f"scale_gradient H={width}"] = lambda h=hidden: scale_gradient_(h, vector[0])
+        launches[f"scale_gradients H={width}"] = lambda h=hidden: scale_gradients_([h], vector[0])
     return launches
