@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TextIO
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -93,10 +94,8 @@ class Progress:
         elapsed = duration(time.monotonic() - self._began)
         bar = ProgressBar(total=self._total, completed=self._step)
         head.add_row(Text(f"step {self._step}/{self._total}"), bar, Text(f"{self._phase} · {elapsed}"))
-        # Cells of one width wrap as a block when the terminal is narrow.
         cells = [f"{name} {value}" for name, value in self._shown()] or ["waiting for the first step"]
-        width = max(map(len, cells)) + 2
-        values = Text("".join(cell.ljust(width) for cell in cells), style="bold", no_wrap=False)
+        values = Columns([Text(cell, style="bold", no_wrap=True) for cell in cells], equal=True, padding=(0, 2))
         return Panel(Group(head, values), title=Text(self._name), title_align="left", border_style="dim")
 
 
