@@ -92,7 +92,7 @@ def parse_example(path: Path, number: int, row: dict) -> Example:
     """
     prompt = text_field(path, number, row, "prompt")
     answer = row.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+    if type(answer) is int or (isinstance(answer, float) and math.isfinite(answer)):
         answer = str(answer)
     else:
         answer = text_field(path, number, row, "answer").strip()

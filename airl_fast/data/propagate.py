@@ -28,13 +28,14 @@ def propagate_numbers(original: str, change: Perturbation) -> str | None:
     """
     if change.first_changed >= thought_span(change.text)[1]:
         return None
-    renamed: dict[Fraction, str] = {}
+    renamed: dict[Fraction, Fraction] = {}
     edited = _changed_literal(original, change.text)
     if edited is not None:
         (left, right), old = edited
-        if parse_number(old) is None:
+        before, after = parse_number(old), parse_number(change.text[left:right])
+        if before is None or after is None:
             return None
-        renamed[parse_number(old)] = change.text[left:right]
+        renamed[before] = after
     else:
         left = right = change.first_changed
     line = change.text.rfind("\n", 0, left) + 1
@@ -44,10 +45,7 @@ def propagate_numbers(original: str, change: Perturbation) -> str | None:
             continue
         if match["number"] is not None:
             if match.start() >= right:
-                pieces += [
-                    change.text[done : match.start()],
-                    renamed.get(parse_number(match["number"]), match["number"]),
-                ]
+                pieces += [change.text[done : match.start()], _rename(match["number"], renamed)]
                 done = match.end()
             continue
         rewritten = _rewrite_equation(match, renamed, touched=match.start() < right)
@@ -69,7 +67,7 @@ def _changed_literal(original: str, changed: str) -> tuple[tuple[int, int], str]
     return None
 
 
-def _rewrite_equation(match: re.Match[str], renamed: dict[Fraction, str], touched: bool) -> str | None:
+def _rewrite_equation(match: re.Match[str], renamed: dict[Fraction, Fraction], touched: bool) -> str | None:
     """The equation with renamed operands and a recomputed result; adds old result -> new result to `renamed`.
 
     touched: the equation holds the perturbation itself, so it stays as it is but for its result. None when the new
@@ -77,21 +75,25 @@ def _rewrite_equation(match: re.Match[str], renamed: dict[Fraction, str], touche
     """
     left = match["left"]
     if not touched:
-        left = _LITERAL.sub(lambda number: renamed.get(parse_number(number.group()), number.group()), left)
+        left = _LITERAL.sub(lambda number: _rename(number.group(), renamed), left)
         if left == match["left"]:
             return match.group()
-    value = _evaluate(left)
-    if value is None:
+    old, value = parse_number(match["right"]), _evaluate(left)
+    if old is None or value is None or format_number(value) is None:
         return None
-    result = format_number(value)
-    if result is None:
-        return None
-    if "," in match["right"] and value.denominator == 1:
-        result = f"{int(value):,}"
-    old = parse_number(match["right"])
-    if old is not None and old != value:
-        renamed[abs(old)] = result
-    return left + match["equals"] + result
+    if old != value:
+        renamed[abs(old)] = value
+    return left + match["equals"] + _spell(value, match["right"])
+
+
+def _rename(literal: str, renamed: dict[Fraction, Fraction]) -> str:
+    value = parse_number(literal)
+    return _spell(renamed[value], literal) if value in renamed else literal
+
+
+def _spell(value: Fraction, like: str) -> str:
+    """The value with thousands commas where the literal it replaces has them."""
+    return f"{int(value):,}" if "," in like and value.denominator == 1 else format_number(value)
 
 
 def _evaluate(side: str) -> Fraction | None:

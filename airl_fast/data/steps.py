@@ -9,7 +9,7 @@ import re
 from airl_fast.data.tags import TAGS
 
 # A run of line breaks, or sentence punctuation (closing quotes and brackets included) followed by a blank.
-_BREAK = re.compile(r"\n(?:\s*\n)?|[.!?]+[\"'”’)\]]*(?=[^\S\n]+\S)")
+_BREAK = re.compile(r"\n(?:\s*\n)?|[.!?]+[\"'”’)\]]*(?=[^\S\n]+(\S))")
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
 # Never the end of a sentence, and not the end of one when a number follows ("No. 5", but "The answer is no. So").
 _BEFORE_NAME = frozenset("e.g i.e eg ie vs cf al viz dr mr mrs ms prof st jr sr u.s u.k".split())  # noqa: SIM905
