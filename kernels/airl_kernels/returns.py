@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ._common import (
-    NAMESPACE,
     accumulate_dtype,
     check_offsets,
+    define_op,
     require_cu_seqlens,
     require_dtype,
     require_floating,
@@ -122,8 +122,7 @@ def next_values(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tens
 # ---- discounted_returns: op, fake, autograd --------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::discounted_returns", mutates_args=())
-def _discounted_returns(
+def discounted_returns_reference(
     rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None, gamma: float, adjoint: bool
 ) -> Tensor:
     """The returns A_t = Σ_{s>=t} γ^{s-t} r_s within each sequence; `adjoint` is the transpose, its own backward."""
@@ -131,6 +130,9 @@ def _discounted_returns(
     x = zero_masked(rewards, mask)
     decay = decays(cu_seqlens, mask, x, gamma)
     return zero_masked(adjoint_recurrence(x, decay) if adjoint else recurrence(x, decay), mask).clone()
+
+
+_discounted_returns = define_op("returns", discounted_returns_reference)
 
 
 @_discounted_returns.register_fake
@@ -154,14 +156,16 @@ _discounted_returns.register_autograd(_returns_backward, setup_context=_returns_
 # ---- group_advantages: op, fake, autograd ----------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::group_advantages", mutates_args=())
-def _group_advantages(
+def group_advantages_reference(
     rewards: Tensor, cu_seqlens: Tensor, group: Tensor, gamma: float, baseline: str, eps: float, min_std: float
 ) -> Tensor:
     check_offsets(cu_seqlens, rewards.numel())
     mean, scale = group_statistics(rewards, cu_seqlens, group, baseline, eps, min_std)
     standardised = standardise(rewards, cu_seqlens, mean, scale)
     return recurrence(standardised, decays(cu_seqlens, None, rewards, gamma))
+
+
+_group_advantages = define_op("returns", group_advantages_reference)
 
 
 @_group_advantages.register_fake
@@ -172,8 +176,7 @@ def _(rewards, cu_seqlens, group, gamma, baseline, eps, min_std):
 # ---- gae: op, fake, autograd -----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gae", mutates_args=())
-def _gae(
+def gae_reference(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """δ_t = r_t + γ·V_{t+1} - V_t;  A_t = Σ_{s>=t} (γλ)^{s-t} δ_s;  returns = A + V."""
@@ -183,14 +186,16 @@ def _gae(
     return advantages, advantages + zero_masked(values, mask)
 
 
+_gae = define_op("returns", gae_reference)
+
+
 @_gae.register_fake
 def _(rewards, values, cu_seqlens, mask, gamma, lam):
     empty = torch.empty_like(rewards, memory_format=torch.contiguous_format)
     return empty, torch.empty_like(empty)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gae_backward", mutates_args=())
-def _gae_backward(
+def gae_backward_reference(
     d_advantages: Tensor, d_returns: Tensor, cu_seqlens: Tensor, mask: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """(d rewards, d values). With e = the adjoint scan of both gradients: d r = e, d V_t = d ret_t - e_t + γ·e_{t-1}."""
@@ -202,6 +207,9 @@ def _gae_backward(
     shifted = torch.cat((torch.zeros_like(inside[:1]), inside[:-1]))
     previous = adjoint_recurrence(shifted, decays(cu_seqlens, mask, d_errors, 0.0))
     return d_errors, zero_masked(d_returns - d_errors + gamma * previous, mask)
+
+
+_gae_backward = define_op("returns", gae_backward_reference)
 
 
 @_gae_backward.register_fake
