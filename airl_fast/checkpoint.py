@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -202,7 +202,8 @@ def _refuse_nonfinite(directory: Path, name: str, allowed: Collection[str]) -> N
         if part in allowed:
             continue
         with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():
+            names = tensors.keys()  # the handle itself cannot be iterated
+            for key in names:
                 tensor = tensors.get_tensor(key)
                 if not tensor.is_floating_point():
                     continue
@@ -350,7 +351,7 @@ class SignalGuard:
         self.stop: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "SignalGuard":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self

@@ -273,7 +273,7 @@ def _toolchain() -> Iterator[Check]:
 
 def _first_line_of(command: list[str]) -> str:
     try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         return out.stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         return f"{command[0]} does not run ({type(error).__name__})"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch
 
@@ -58,7 +58,7 @@ class Metrics:
         self._durations: deque[float] = deque(maxlen=ETA_WINDOW)
         self._step_began = time.perf_counter()
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -172,10 +172,7 @@ def _fields(record: Any, name: str) -> Iterator[tuple[str, Any]]:
         items = list(record._asdict().items())
     elif record is None:
         return
-    elif isinstance(record, torch.Tensor) and record.numel() == 1 and name:
-        yield name, record
-        return
-    elif isinstance(record, (int, float)) and name:
+    elif name and (isinstance(record, (int, float)) or (isinstance(record, torch.Tensor) and record.numel() == 1)):
         yield name, record
         return
     else:

@@ -48,7 +48,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, *, origin: str) -> Any:
     """The value that `text` holds. Raises UserError naming `origin`, and the line where there is one."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}, line {mark.line + 1}" if mark is not None else origin
@@ -216,9 +216,8 @@ def _key_of(error: Mapping[str, Any], tree: Any) -> tuple[str, ...]:
     key: list[str] = []
     here = tree
     for position, part in enumerate(error["loc"]):
-        if isinstance(here, Mapping) and part in here:
-            here = here[part]
-        elif isinstance(here, (list, tuple)) and isinstance(part, int) and part < len(here):
+        in_list = isinstance(here, (list, tuple)) and isinstance(part, int) and part < len(here)
+        if in_list or (isinstance(here, Mapping) and part in here):
             here = here[part]
         elif not (error["type"] == "missing" and position == len(error["loc"]) - 1):
             continue

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TextIO
+from typing import Self, TextIO
 
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -34,7 +34,7 @@ class Progress:
         self._fields: dict[str, float] = {}
         self._began = time.monotonic()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             # Transient: the panel goes away at the end and the caller's table of results stands alone.
             self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=4, transient=True)

@@ -207,14 +207,16 @@ def version(package: str) -> str | None:
 
 def git_commit(directory: Path) -> str | None:
     """The commit of the checkout that tracks `directory`, with '+changes' when files differ; None outside git."""
-    git = ("git", "-C", str(directory))
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(directory), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:  # an installed copy may lie inside somebody else's checkout, which does not track it
-        subprocess.run((*git, "ls-files", "--error-unmatch", "."), capture_output=True, timeout=10, check=True)
-        head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, timeout=10, check=True)
-        diff = subprocess.run((*git, "status", "--porcelain", "-uno"), capture_output=True, text=True, timeout=10)
+        git("ls-files", "--error-unmatch", ".")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip() + ("+changes" if diff.stdout.strip() else "")
 
 
 def _take(path: Path) -> IO[str]:

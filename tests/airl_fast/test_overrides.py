@@ -124,8 +124,8 @@ def test_value_with_equals_sign() -> None:
         ("zzz=1", "unknown key 'zzz'; the keys of the configuration are: seed, run, path, fast,"),
         ("discriminator.q=1", "unknown key 'discriminator.q'; the keys of 'discriminator' are: head, smoothing,"),
         ("discriminator.pair=[1.0]", "'discriminator.pair' needs more than 1 item."),
-        ("discriminator.smoothing=0.7", "'discriminator.smoothing' is 0.7, which is out of range; it must be"
-         " at least 0 and less than 0.5."),
+        ("discriminator.smoothing=0.7", ("'discriminator.smoothing' is 0.7, which is out of range; it must be"
+         " at least 0 and less than 0.5.")),
         ("optimizer.lr=0", "'optimizer.lr' is 0, which is out of range; it must be greater than 0"),
         ("discriminator.smoothing=.nan", "is nan, which is out of range; it must be at least 0 and less than 0.5."),
         ("temperature=.inf", "'temperature' is inf, which is out of range; it must be finite and greater than 0."),
@@ -138,8 +138,8 @@ def test_value_with_equals_sign() -> None:
         ("fast=maybe", "'fast' must be true or false, not 'maybe'."),
         ("optimizer.lr=big", "'optimizer.lr' must be a number, not 'big'."),
         ("discriminator.layers=3", "'discriminator.layers' must be a list, as in [1, 2], not 3."),
-        ("discriminator.head=lineal", "'discriminator.head' is 'lineal'; did you mean 'linear'? It must be 'linear',"
-         " 'action' or 'logprob'."),
+        ("discriminator.head=lineal", ("'discriminator.head' is 'lineal'; did you mean 'linear'? It must be 'linear',"
+         " 'action' or 'logprob'.")),
         ("discriminator.head=9", "'discriminator.head' is 9, but it must be 'linear', 'action' or 'logprob'."),
         ("discriminator=5", "'discriminator' is a section of keys, not the single value 5"),
         ("seed=13", "seed 13 is not allowed with this head; choose another seed."),
