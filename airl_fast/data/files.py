@@ -56,24 +56,28 @@ def parse_row(path: Path, number: int, line: str) -> dict:
 
 def read_text(path: Path) -> str:
     """The whole file as UTF-8, unzipped when it ends in .gz. UserError when it cannot be read."""
+    content = _content(path)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return content.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a complete gzip file; download it again or drop the .gz.") from error
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from error
 
 
 def refuse_evaluation_file(path: Path) -> None:
     """Raise UserError when a training file is a published evaluation set, whatever it is called."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    known = _EVALUATION_ONLY.get(hashlib.sha256(content).hexdigest())
+    known = _EVALUATION_ONLY.get(hashlib.sha256(_content(path)).hexdigest())
     if known:
         raise UserError(f"{path}: this is {known}, which is for evaluation only; train on another file.")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a complete gzip file; download it again or drop the .gz.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from error
 
 
 def text_field(path: Path, number: int, row: dict, key: str) -> str:

@@ -38,5 +38,5 @@ class MultipleChoice(TextTask):
         named = named_options(answer, parse_options(example.prompt))
         return "".join(sorted(named)) or canonical_answer(answer)
 
-    def option_letters(self, example: Example) -> str:
-        return "".join(parse_options(example.prompt))
+    def wrong_options(self, example: Example) -> str:
+        return "".join(letter for letter in parse_options(example.prompt) if letter != example.answer)

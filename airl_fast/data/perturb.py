@@ -73,7 +73,7 @@ def swap_answer(text: str, rng: random.Random, options: str = "") -> Perturbatio
 
 
 def nudge_answer(text: str, rng: random.Random, options: str = "") -> Perturbation | None:
-    """Offset one number of the answer, or, with `options` ("ABCD"), name another option."""
+    """Offset one number of the answer, or, with `options` ("ABC"), name another one of them."""
     span = answer_span(text)
     if span is None:
         return None
@@ -104,8 +104,8 @@ def perturb(
     """Draw a kind, and another while it cannot apply; None when none can. Deterministic given `rng`'s state.
 
     kinds: names of `PERTURBATIONS`; a name given twice is drawn twice as often. propagate(original, perturbation)
-    returns the text with the error carried on, or None when there is nothing to carry. options: the option letters
-    of a multiple-choice answer. Raises UserError for an unknown kind.
+    returns the text with the error carried on, or None when there is nothing to carry. options: the letters of
+    the wrong options when the answer is one of several. Raises UserError for an unknown kind.
     """
     check_kinds(kinds)
     for kind in rng.sample(list(kinds), len(kinds)):

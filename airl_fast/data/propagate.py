@@ -81,8 +81,8 @@ def _rewrite_equation(match: re.Match[str], renamed: dict[Fraction, Fraction], t
     old, value = parse_number(match["right"]), _evaluate(left)
     if old is None or value is None or format_number(value) is None:
         return None
-    if old != value:
-        renamed[abs(old)] = value
+    if old >= 0 and old != value:
+        renamed[old] = value
     return left + match["equals"] + _spell(value, match["right"])
 
 

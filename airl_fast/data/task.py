@@ -96,8 +96,8 @@ class TextTask:
         """The perturbed text with the error carried on to later steps, or None when there is nothing to carry."""
         return propagate_numbers(original, change)
 
-    def option_letters(self, example: Example) -> str:
-        """Letters a multiple-choice answer can be; empty for other tasks."""
+    def wrong_options(self, example: Example) -> str:
+        """Letters of the wrong options of a multiple-choice question; empty for other tasks."""
         return ""
 
     def perturb(
@@ -110,16 +110,21 @@ class TextTask:
     ) -> Perturbation | None:
         """See `Task.perturb`. With probability `propagate_rate` the error is carried on to later steps.
 
-        A draw that turns a wrong answer into the right one is thrown away: it would be a negative without an error.
+        A draw that repairs a wrong trace instead (a right answer, or no wrong step left where the task knows) is
+        thrown away: it would be a negative without an error.
         """
-        options = self.option_letters(example)
+        options = self.wrong_options(example)
         for _ in range(8):
             propagate = self.propagate if rng.random() < propagate_rate else None
             change = perturb(text, rng, kinds, propagate=propagate, options=options)
             if change is None:
                 return None
-            if extract_answer(change.text) == extract_answer(text) or not self.verify(example, change.text):
-                return change
+            answer_changed = extract_answer(change.text) != extract_answer(text)
+            if answer_changed and self.verify(example, change.text):
+                continue
+            if isinstance(self, LocatesErrors) and self.first_wrong_step(example, change.text) is None:
+                continue
+            return change
         return None
 
 

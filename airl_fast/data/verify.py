@@ -101,7 +101,9 @@ def named_options(answer: str, options: Mapping[str, str]) -> frozenset[str]:
         named = {part.group(1).upper() for part in parts}
         if named <= letters:
             return frozenset(named)
-    whole = frozenset(letter for letter, text in options.items() if answers_equal(answer, text))
+    # Case can matter ("Bb" and "bb" are two genotypes): only when no option is spelt like this may it differ.
+    exact = frozenset(letter for letter, text in options.items() if _one_line(text) == _one_line(answer))
+    whole = exact or frozenset(letter for letter, text in options.items() if answers_equal(answer, text))
     if whole:
         return whole
     match = _LETTER_THEN_TEXT.fullmatch(bare)
@@ -113,7 +115,7 @@ def named_options(answer: str, options: Mapping[str, str]) -> frozenset[str]:
 
 def _named_beside(letter: str, rest: str, options: Mapping[str, str]) -> set[str]:
     """Other options named in the text that follows a letter; the letter's own option text is skipped first."""
-    own = " ".join(options[letter].split())
+    own = _one_line(options[letter])
     if answers_equal(rest, own):
         return set()
     if rest.casefold().startswith(own.casefold()):
@@ -135,7 +137,11 @@ def option_correct(answer: str | None, gold: str, options: Mapping[str, str]) ->
     if named == {gold}:
         return True
     # One text shared by several options names them all; it is right when the gold is among them.
-    return gold in named and len({normalise_text(options[letter]) for letter in named}) == 1
+    return gold in named and len({_one_line(options[letter]) for letter in named}) == 1
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 # ---- arithmetic expressions ----

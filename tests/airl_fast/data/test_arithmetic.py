@@ -179,7 +179,7 @@ def test_propagation_leaves_one_error_more_and_no_seam(seed, kind, mode):
         assert after[index][1] == before[index][1]
         assert after[index][2] - sum(after[index][:2]) == before[index][2] - sum(before[index][:2])
     assert extract_answer(change.text) == str(after[-1][2])
-    assert SMALL.first_wrong_step(example, change.text) <= at
+    assert mode != "clean" or SMALL.first_wrong_step(example, change.text) == at
 
 
 def test_task_perturbations_are_wrong_where_they_say():
@@ -195,7 +195,10 @@ def test_a_perturbation_never_makes_a_wrong_answer_right():
     for seed in range(100):
         change = SMALL.perturb(EXAMPLE, wrong, random.Random(seed), ("nudge_answer", "swap_answer"))
         assert not SMALL.verify(EXAMPLE, change.text)
-    assert SMALL.perturb(EXAMPLE, wrong, random.Random(0), ("corrupt_number",)) is not None
+    slipped = EXAMPLE.expert.replace("8 - 4 = 4", "8 + 4 = 4")
+    for seed in range(100):
+        change = SMALL.perturb(EXAMPLE, slipped, random.Random(seed))
+        assert SMALL.first_wrong_step(EXAMPLE, change.text) is not None
 
 
 @pytest.mark.parametrize(

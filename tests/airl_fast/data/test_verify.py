@@ -157,9 +157,15 @@ def test_option_texts_that_contain_letters_or_numbers():
 
 
 def test_options_with_one_text_are_right_when_the_gold_is_among_them():
-    twins = {"A": "none", "B": "some", "C": "None"}
-    assert option_correct("none", "A", twins) and option_correct("none", "C", twins)
+    twins = {"A": "none", "B": "some", "C": " none"}
+    assert option_correct("None", "A", twins) and option_correct("none", "C", twins)
     assert not option_correct("none", "B", twins)
+
+
+def test_case_tells_options_apart_only_where_they_differ_by_nothing_else():
+    genotypes = {"A": "Bb", "B": "bb", "C": "BB"}
+    assert [option_correct(text, "B", genotypes) for text in ("bb", "Bb", "BB", "bB")] == [True, False, False, False]
+    assert not option_correct("A or B", "B", genotypes)
 
 
 @given(st.text(max_size=60), st.sampled_from("ABCDE"))
