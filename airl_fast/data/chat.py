@@ -25,11 +25,13 @@ _PROBE_TRACE = format_trace("1 + 1 = 2", "2")
 class ChatFormat:
     """One tokenizer's way to write a conversation. Make it with `from_tokenizer`.
 
-    end_of_turn: the token that closes an assistant message.
+    end_of_turn: the token that closes an assistant message. anchor: text put before a completion while it is
+    tokenised, "" except for tokenizers that write a blank before whatever they read first (Llama 2, Mistral).
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     end_of_turn: int
+    anchor: str
     _bytes: TokenBytes = field(repr=False, compare=False)
 
     @classmethod
@@ -45,12 +47,16 @@ class ChatFormat:
         if not tokenizer.chat_template:
             raise UserError(f"tokenizer {name!r} has no chat template; set model.chat_template.")
         token_bytes = TokenBytes.of(tokenizer)
-        probe = cls(tokenizer, -1, token_bytes)
+        probe = cls(tokenizer, -1, "", token_bytes)
         prompt = probe._render(_messages(_PROBE_PROMPT, None), generate=True)
-        full = probe._render([*_messages(_PROBE_PROMPT, None), _assistant(_PROBE_TRACE)], generate=False)
-        _check_verbatim(name, prompt, full)
+        # A bare answer first: a generation prompt that opens the think block would pass for the trace's own tag.
+        bare, full = (
+            probe._render(_messages(_PROBE_PROMPT, None, text), generate=False) for text in ("2", _PROBE_TRACE)
+        )
+        _check_verbatim(name, prompt, bare, full)
         suffix = full[len(prompt) + len(_PROBE_TRACE) :]
-        chat = cls(tokenizer, _end_of_turn(tokenizer, suffix, name), token_bytes)
+        anchor = "\n" if probe.decode(probe.completion_tokens("2", finished=False)) == " 2" else ""
+        chat = cls(tokenizer, _end_of_turn(tokenizer, suffix, name), anchor, token_bytes)
         closing = tokenizer.convert_ids_to_tokens(chat.end_of_turn)
         chat._check_tokens(name, prompt + _PROBE_TRACE, closing if suffix.startswith(closing) else "")
         return chat
@@ -64,9 +70,10 @@ class ChatFormat:
 
         A text that spells the end-of-turn token out gets ordinary tokens for it: only a real end ends a trace.
         """
-        tokens = self._encode(text)
+        skipped = len(self._encode(self.anchor))
+        tokens = self._encode(self.anchor + text)[skipped:]
         if self.end_of_turn in tokens:
-            tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            tokens = self._encode(self.anchor + text, split_special_tokens=True)[skipped:]
         return [*tokens, self.end_of_turn] if finished else tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -93,8 +100,9 @@ class ChatFormat:
         tokens = list(tokens)
         return tokens[: tokens.index(self.end_of_turn)] if self.end_of_turn in tokens else tokens
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode(self, text: str, split_special_tokens: bool = False) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
+        return encoded["input_ids"]
 
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
         try:
@@ -118,17 +126,13 @@ class ChatFormat:
             raise UserError(f"tokenizer {name!r} does not give a trace back after encoding and decoding; use another.")
 
 
-def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
-    user = {"role": "user", "content": prompt}
-    return [user] if system is None else [{"role": "system", "content": system}, user]
+def _messages(prompt: str, system: str | None, completion: str | None = None) -> list[dict[str, str]]:
+    written = [("system", system), ("user", prompt), ("assistant", completion)]
+    return [{"role": role, "content": content} for role, content in written if content is not None]
 
 
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def _check_verbatim(name: str, prompt: str, full: str) -> None:
-    if not full.startswith(prompt):
+def _check_verbatim(name: str, prompt: str, bare: str, full: str) -> None:
+    if not bare.startswith(prompt):
         raise UserError(
             f"the chat template of tokenizer {name!r} writes a generation prompt that its finished conversations lack; "
             "set model.chat_template to one that renders both alike."

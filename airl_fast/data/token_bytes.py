@@ -1,7 +1,8 @@
 """The bytes behind each token, and from them the characters: exact for any token sequence, sampled ones included.
 
 Offsets that a tokenizer reports belong to *its* segmentation of a text; a sampler may have chosen another. Bytes
-need no second tokenisation. Byte-level BPE (Qwen, Llama 3, GPT-2), byte-fallback pieces (Llama 2, Mistral, Gemma) and
+need no second tokenisation. A blank that a decoder would drop at the start of a text is kept: a completion is never
+the start. Byte-level BPE (Qwen, Llama 3, GPT-2), byte-fallback pieces (Llama 2, Mistral, Gemma) and
 plain vocabularies (one piece, one string) are covered.
 """
 
@@ -21,7 +22,6 @@ class TokenBytes:
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     piece_bytes: Callable[[str], bytes]
-    strips_first_blank: bool
     _added: dict[int, bytes] = field(repr=False)
     _known: dict[int, bytes] = field(default_factory=dict, repr=False)
 
@@ -31,19 +31,14 @@ class TokenBytes:
         decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
         steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder] if decoder else []
         kinds = {step["type"] for step in steps}
-        added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
         if "ByteLevel" in kinds:
-            return cls(tokenizer, _byte_level, False, added)
+            # Added tokens are spelt in plain text, not in the byte alphabet.
+            added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
+            return cls(tokenizer, _byte_level, added)
         if "Metaspace" in kinds or "ByteFallback" in kinds:
-            # A decoder that drops one blank at the start says so as Strip, or as Metaspace's prepended blank.
-            strips = any(
-                (step["type"] == "Strip" and step["start"] > 0)
-                or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
-                for step in steps
-            )
-            return cls(tokenizer, _metaspace, strips, added)
+            return cls(tokenizer, _metaspace, {})
         if kinds <= {"Fuse"} and kinds:
-            return cls(tokenizer, str.encode, False, added)
+            return cls(tokenizer, str.encode, {})
         raise UserError(
             f"tokenizer {tokenizer.name_or_path!r} has a decoder ({', '.join(sorted(kinds)) or 'none'}) "
             "whose tokens do not join to text; use a byte-level, byte-fallback or plain (Fuse) one."
@@ -67,8 +62,6 @@ class TokenBytes:
     def _join(self, tokens: Sequence[int]) -> tuple[bytes, list[int]]:
         """All bytes, and the offset one past the end of each token."""
         pieces = [self._bytes(token) for token in tokens]
-        if pieces and self.strips_first_blank:
-            pieces[0] = pieces[0].removeprefix(b" ")
         ends, total = [], 0
         for piece in pieces:
             total += len(piece)

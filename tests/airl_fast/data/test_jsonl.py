@@ -91,7 +91,7 @@ def test_one_file_is_carved_into_disjoint_splits(tmp_path):
     save(tmp_path / "mine.jsonl", *rows(*range(400)))
     task = make_task("jsonl", path=str(tmp_path / "mine.jsonl"), dev_fraction=0.2, test_fraction=0.1)
     parts = {split: [example.prompt for example in task.load(split)] for split in ("train", "dev", "test")}
-    assert sorted(sum(parts.values(), [])) == sorted(f"prompt {i}" for i in range(400))
+    assert sorted(prompt for part in parts.values() for prompt in part) == sorted(f"prompt {i}" for i in range(400))
     assert 50 < len(parts["dev"]) < 110 and 20 < len(parts["test"]) < 60
     assert task.load("dev", 5) == task.load("dev")[:5]
     with pytest.raises(UserError, match=r"no warmstart\.jsonl .* set data\.options\.warmstart_fraction"):

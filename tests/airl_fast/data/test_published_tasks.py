@@ -85,11 +85,16 @@ def test_gsm8k_step_ends_are_its_lines_or_finer():
         assert breaks - after_tags <= ends
 
 
+def samples():
+    """The published samples of two 6B models on the test questions."""
+    content = gzip.decompress((FOLDERS["gsm8k"] / "model_solutions.jsonl.gz").read_bytes())
+    return [json.loads(line) for line in content.splitlines()]
+
+
 @needs_data
 def test_verdicts_on_real_samples_agree_with_the_published_ones():
-    gsm8k, rows = task("gsm8k"), gzip.open(FOLDERS["gsm8k"] / "model_solutions.jsonl.gz", "rt")
-    verdicts = []
-    for row in map(json.loads, rows):
+    gsm8k, verdicts = task("gsm8k"), []
+    for row in samples():
         example = Example(id="", prompt=row["question"], answer=row["gold"])
         text = format_trace(clean_steps(row["solution"]), row["pred"] or "none")
         verdicts.append((gsm8k.verify(example, text), row["is_correct"]))
@@ -99,13 +104,12 @@ def test_verdicts_on_real_samples_agree_with_the_published_ones():
 @needs_data
 def test_real_samples_can_be_perturbed():
     gsm8k, rng = task("gsm8k"), random.Random(0)
-    with gzip.open(FOLDERS["gsm8k"] / "model_solutions.jsonl.gz", "rt") as rows:
-        for row in map(json.loads, list(rows)[:600]):
-            example = Example(id="", prompt=row["question"], answer=row["gold"])
-            text = format_trace(clean_steps(row["solution"]), row["pred"] or "none")
-            change = gsm8k.perturb(example, text, rng)
-            assert change.text != text
-            assert extract_answer(change.text) == extract_answer(text) or not gsm8k.verify(example, change.text)
+    for row in samples()[:600]:
+        example = Example(id="", prompt=row["question"], answer=row["gold"])
+        text = format_trace(clean_steps(row["solution"]), row["pred"] or "none")
+        change = gsm8k.perturb(example, text, rng)
+        assert change.text != text
+        assert extract_answer(change.text) == extract_answer(text) or not gsm8k.verify(example, change.text)
 
 
 @needs_data
