@@ -49,11 +49,14 @@ def logit_chunks(
     """Yield (rows, hidden[rows] @ weight.T + bias), one buffer for all; the caller may overwrite it."""
     if not parts:
         return
-    buffer = hidden.new_empty(parts[0].stop, weight.shape[0])
+    vocab = weight.shape[0]
+    # On CUDA rows start on whole cache lines, whatever the vocabulary: wide loads need it, and so does cuBLAS.
+    stride = -(-vocab // 64) * 64 if hidden.is_cuda else vocab
+    buffer = hidden.new_empty(parts[0].stop, stride)
     columns = weight.t()
     for part in parts:
         rows = hidden[part]
-        logits = buffer[: rows.shape[0]]
+        logits = buffer[: rows.shape[0], :vocab]
         if bias is None:
             torch.mm(rows, columns, out=logits)
         else:

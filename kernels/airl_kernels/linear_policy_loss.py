@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._chunking import Gradients, chunk_slices, logit_chunks
-from ._common import NAMESPACE, accumulate_dtype
+from ._common import accumulate_dtype, define_op
 from .logprob import LogitMap, check_chunk_rows, check_head, check_mapping, scaled
 from .policy_loss import NUM_TERMS, OBJECTIVE, Clip, PolicyStats, Reference, TokenInputs, check_loss, summarise
 
@@ -69,15 +69,7 @@ def linear_loss_forward(
 # ---- op, fake, autograd ----------------------------------------------------------------------------------------
 
 
-def _run(kernels, hidden, weight, targets, bias, old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio,
-         cu_seqlens, surrogate, clip, mapping, entropy, compact, chunk_rows, needs):  # fmt: skip
-    inputs = TokenInputs(old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio)
-    settings = Clip(surrogate, *clip), LogitMap(*mapping), entropy, compact, chunk_rows, needs
-    return linear_loss_forward(kernels, hidden, weight, targets, bias, inputs, cu_seqlens, *settings)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::linear_ppo_loss", mutates_args=(), device_types="cpu")
-def _linear_ppo_loss(
+def linear_ppo_loss_reference(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -97,17 +89,12 @@ def _linear_ppo_loss(
     chunk_rows: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run(
-        Reference, hidden, weight, targets, bias, old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio,
-        cu_seqlens, surrogate, clip, mapping, entropy, compact, chunk_rows, needs,
-    )  # fmt: skip
+    inputs = TokenInputs(old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio)
+    settings = Clip(surrogate, *clip), LogitMap(*mapping), entropy, compact, chunk_rows, needs
+    return linear_loss_forward(Reference, hidden, weight, targets, bias, inputs, cu_seqlens, *settings)
 
 
-@_linear_ppo_loss.register_kernel("cuda")
-def _(*args):
-    from . import policy_loss_triton
-
-    return _run(policy_loss_triton, *args)
+_linear_ppo_loss = define_op("policy_loss", linear_ppo_loss_reference)
 
 
 @_linear_ppo_loss.register_fake

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ._chunking import Gradients, chunk_slices, logit_chunks
 from ._common import (
-    NAMESPACE,
     accumulate_dtype,
+    define_op,
     require_dtype,
     require_floating,
     require_plain_weight,
@@ -123,7 +123,7 @@ def logit_gradient_(
         logits.copy_(gradient)
 
 
-def linear_logprob_forward(
+def logprob_forward(
     kernels: ModuleType | type,
     hidden: Tensor,
     weight: Tensor,
@@ -147,7 +147,7 @@ def linear_logprob_forward(
     return logprob, entropies, row_max, log_sum, jac.d_hidden
 
 
-def linear_logprob_backward(
+def logprob_backward(
     gradients: Gradients,
     targets: Tensor,
     norms: tuple[Tensor, Tensor, Tensor],
@@ -167,13 +167,14 @@ def linear_logprob_backward(
 
 
 def scale_rows(matrix: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """factors [M] or [] times matrix [M, H], as `dtype`: computed wide and rounded once.
+    """factors [M] or [] times matrix [M, ...], as `dtype`: computed wide and rounded once.
 
     A row whose factor is exactly 0 becomes 0 whatever it holds.
     """
     product = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     torch.mul(matrix, factors.reshape(-1, *(1,) * (matrix.dim() - 1)), out=product)
-    return product.index_fill_(0, (factors == 0).nonzero()[:, 0], 0.0) if factors.dim() else product
+    dead = (factors == 0).expand(matrix.shape[:1]).nonzero()[:, 0]
+    return product.index_fill_(0, dead, 0.0)
 
 
 class Reference:
@@ -187,8 +188,7 @@ class Reference:
 # ---- linear_logprob: ops, fakes, autograd ----------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprob", mutates_args=(), device_types="cpu")
-def _linear_logprob(
+def linear_logprob_reference(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -199,27 +199,20 @@ def _linear_logprob(
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = LogitMap(*mapping), entropy, jacobian, chunk_rows
-    return linear_logprob_forward(Reference, hidden, weight, targets, bias, *settings)
+    return logprob_forward(Reference, hidden, weight, targets, bias, *settings)
 
 
-@_linear_logprob.register_kernel("cuda")
-def _(hidden, weight, targets, bias, mapping, entropy, jacobian, chunk_rows):
-    from . import logprob_triton
-
-    settings = LogitMap(*mapping), entropy, jacobian, chunk_rows
-    return linear_logprob_forward(logprob_triton, hidden, weight, targets, bias, *settings)
+_linear_logprob = define_op("logprob", linear_logprob_reference)
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, mapping, entropy, jacobian, chunk_rows):
     per_row = [hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden)) for _ in range(3)]
     entropies = per_row[0].new_empty(hidden.shape[0] if entropy else 0)
-    jac = hidden.new_empty(hidden.shape if jacobian else 0)
-    return per_row[0], entropies, per_row[1], per_row[2], jac
+    return per_row[0], entropies, per_row[1], per_row[2], hidden.new_empty(hidden.shape if jacobian else 0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprob_backward", mutates_args=(), device_types="cpu")
-def _linear_logprob_backward(
+def linear_logprob_backward_reference(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     hidden: Tensor,
@@ -235,20 +228,10 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = Gradients(Reference, hidden, weight, bias, needs)
     norms = row_max, log_sum, entropy
-    return linear_logprob_backward(
-        gradients, targets, norms, grad_logprob, grad_entropy, LogitMap(*mapping), chunk_rows
-    )
+    return logprob_backward(gradients, targets, norms, grad_logprob, grad_entropy, LogitMap(*mapping), chunk_rows)
 
 
-@_linear_logprob_backward.register_kernel("cuda")
-def _(grad_logprob, grad_entropy, hidden, weight, targets, bias, row_max, log_sum, entropy, mapping, needs, chunk_rows):
-    from . import logprob_triton
-
-    gradients = Gradients(logprob_triton, hidden, weight, bias, needs)
-    norms = row_max, log_sum, entropy
-    return linear_logprob_backward(
-        gradients, targets, norms, grad_logprob, grad_entropy, LogitMap(*mapping), chunk_rows
-    )
+_linear_logprob_backward = define_op("logprob", linear_logprob_backward_reference)
 
 
 @_linear_logprob_backward.register_fake
@@ -260,16 +243,11 @@ def _(grad_logprob, grad_entropy, hidden, weight, targets, bias, row_max, log_su
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::scale_rows", mutates_args=(), device_types="cpu")
-def scaled(matrix: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_rows_reference(matrix: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     return scale_rows(matrix, factors, dtype)
 
 
-@scaled.register_kernel("cuda")
-def _(matrix, factors, dtype):
-    from . import logprob_triton
-
-    return logprob_triton.scale_rows(matrix, factors, dtype)
+scaled = define_op("logprob", scale_rows_reference)
 
 
 @scaled.register_fake

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ._common import (
-    NAMESPACE,
     accumulate_dtype,
     check_offsets,
+    define_op,
     require_cu_seqlens,
     require_dtype,
     require_floating,
@@ -145,8 +145,7 @@ def loss_forward(
 # ---- ppo_loss: op, fake, autograd ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::ppo_loss", mutates_args=(), device_types="cpu")
-def _ppo_loss(
+def ppo_loss_reference(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -162,13 +161,7 @@ def _ppo_loss(
     return loss_forward(Reference, logprobs, inputs, cu_seqlens, Clip(surrogate, *clip))
 
 
-@_ppo_loss.register_kernel("cuda")
-def _(logprobs, old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio, cu_seqlens,
-      surrogate, clip):  # fmt: skip
-    from . import policy_loss_triton
-
-    inputs = TokenInputs(old_logprobs, advantages, mask, weights, ref_logprobs, is_ratio)
-    return loss_forward(policy_loss_triton, logprobs, inputs, cu_seqlens, Clip(surrogate, *clip))
+_ppo_loss = define_op("policy_loss", ppo_loss_reference)
 
 
 @_ppo_loss.register_fake

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ._common import NAMESPACE, accumulate_dtype, require_dtype, require_floating
+from ._common import accumulate_dtype, define_op, require_dtype, require_floating
 from .logprob import LogitMap, Reference, check_mapping, logit_gradient_
 
 
@@ -23,16 +23,13 @@ def selective_forward(
     return logprob, row_max, log_sum
 
 
-@torch.library.custom_op(f"{NAMESPACE}::selective_log_softmax", mutates_args=(), device_types="cpu")
-def _selective(logits: Tensor, targets: Tensor, temperature: float, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def selective_log_softmax_reference(
+    logits: Tensor, targets: Tensor, temperature: float, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return selective_forward(Reference, logits, targets, LogitMap(temperature))
 
 
-@_selective.register_kernel("cuda")
-def _(logits, targets, temperature, inplace):
-    from . import logprob_triton
-
-    return selective_forward(logprob_triton, logits, targets, LogitMap(temperature))
+_selective = define_op("logprob", selective_log_softmax_reference)
 
 
 @_selective.register_fake
@@ -40,22 +37,14 @@ def _(logits, targets, temperature, inplace):
     return tuple(logits.new_empty(logits.shape[0], dtype=accumulate_dtype(logits)) for _ in range(3))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::selective_log_softmax_backward_", mutates_args={"logits"}, device_types="cpu")
-def _selective_backward_(
+def selective_log_softmax_backward__reference(
     logits: Tensor, targets: Tensor, row_max: Tensor, log_sum: Tensor, grad: Tensor, temperature: float
 ) -> None:
     """Overwrite the logits by their gradient."""
-    if logits.shape[0]:
-        logit_gradient_(logits, targets, LogitMap(temperature), row_max, log_sum, None, grad.contiguous(), None)
+    logit_gradient_(logits, targets, LogitMap(temperature), row_max, log_sum, None, grad, None)
 
 
-@_selective_backward_.register_kernel("cuda")
-def _(logits, targets, row_max, log_sum, grad, temperature):
-    from . import logprob_triton
-
-    if logits.shape[0]:
-        mapping = LogitMap(temperature)
-        logprob_triton.logit_gradient_(logits, targets, mapping, row_max, log_sum, None, grad.contiguous(), None)
+_selective_backward_ = define_op("logprob", selective_log_softmax_backward__reference, mutates=("logits",))
 
 
 @_selective_backward_.register_fake
