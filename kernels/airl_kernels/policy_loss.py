@@ -195,7 +195,7 @@ class PolicyStats:
     num_tokens: how many count. surrogate: loss without KL term and sequence weights. approx_kl: k3 of the old policy,
     ρ - 1 - log ρ. reference_kl: k3 of the reference, 0 without one. clip_low, clip_high, dual_clip: share of tokens
     whose ratio was cut below, above, or by the dual clip; clip_fraction: their sum. entropy: nats, or None.
-    token_*: float32 [M], 0 where the mask is false (token_logprobs and token_entropy hold every row).
+    token_*: float32 [M], 0 where the mask is false.
     """
 
     num_tokens: Tensor
@@ -220,11 +220,9 @@ def summarise(terms: Tensor, tokens: LossTokens, logprobs: Tensor, entropy: Tens
     """Means of `terms` over the counting tokens, on the device of the tensors."""
     count = tokens.count()
     means = (terms.sum(1) / count).unbind()
-    mean_entropy = None
-    if entropy is not None:
-        live = entropy if tokens.mask is None else torch.where(tokens.mask, entropy, 0.0)
-        mean_entropy = live.sum() / count
-    clipped_terms = terms[CLIP_LOW:]
+    if tokens.mask is not None:
+        logprobs = torch.where(tokens.mask, logprobs, 0.0)
+        entropy = None if entropy is None else torch.where(tokens.mask, entropy, 0.0)
     num_tokens = terms.new_full((), tokens.num_rows) if tokens.mask is None else tokens.mask.sum().to(terms.dtype)
     return PolicyStats(
         num_tokens=num_tokens,
@@ -236,12 +234,12 @@ def summarise(terms: Tensor, tokens: LossTokens, logprobs: Tensor, entropy: Tens
         clip_low=means[CLIP_LOW],
         clip_high=means[CLIP_HIGH],
         dual_clip=means[DUAL_CLIP],
-        entropy=mean_entropy,
+        entropy=None if entropy is None else entropy.sum() / count,
         token_logprobs=logprobs,
         token_surrogate=terms[SURROGATE],
         token_log_ratio=terms[LOG_RATIO],
         token_reference_kl=terms[REFERENCE_KL],
-        token_clipped=clipped_terms.sum(0),
+        token_clipped=terms[CLIP_LOW:].sum(0),
         token_entropy=entropy,
     )
 

@@ -28,8 +28,19 @@ __all__ = ["logit_gradient_", "row_stats", "scale_rows", "sequence_log_ratio", "
 @triton.jit
 def _k3(d):
     """exp(d) - 1 - d, by its series where the difference would cancel."""
-    series = 0.5 + d * (0.16666667 + d * (0.041666667 + d * (0.0083333333 + d * (0.0013888889 + d * 0.00019841270))))
-    return tl.where(tl.abs(d) < 0.25, d * d * series, tl.exp(d) - 1.0 - d)
+    # Σ d^n / (n+2)!, exact to fp32 for |d| < 1
+    series = 1.6059044e-10 * d + 2.0876757e-9
+    series = series * d + 2.5052108e-8
+    series = series * d + 2.7557319e-7
+    series = series * d + 2.7557319e-6
+    series = series * d + 2.4801587e-5
+    series = series * d + 1.9841270e-4
+    series = series * d + 1.3888889e-3
+    series = series * d + 8.3333333e-3
+    series = series * d + 4.1666667e-2
+    series = series * d + 1.6666667e-1
+    series = series * d + 0.5
+    return tl.where(tl.abs(d) < 1.0, d * d * series, tl.exp(d) - 1.0 - d)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def head(
     targets = torch.randint(vocab, (rows,), generator=make)
     if rows > 1:
         targets[:2] = torch.tensor([0, vocab - 1])
-    place = dict(dtype=dtype, device=device)
+    place = {"dtype": dtype, "device": device}
     return Head(
         hidden.to(**place).requires_grad_(),
         weight.to(**place).requires_grad_(not frozen),
@@ -126,10 +126,13 @@ def rms_error(value: Tensor, truth: Tensor) -> float:
     return (value.detach().cpu().double() - truth.detach()).square().mean().sqrt().item()
 
 
-def assert_as_good_as(ours: Tensor, careful: Tensor, truth: Tensor, what: str) -> None:
-    """Our error is at most twice that of careful torch, allowing for the last bit of the result's type."""
+def assert_as_good_as(ours: Tensor, careful: Tensor, truth: Tensor, what: str, scale: float = 0.0) -> None:
+    """Our error is at most twice that of careful torch, allowing for the last bit of the result's type.
+
+    scale: size of the terms the result is a sum of, where they may cancel.
+    """
     assert ours.dtype == careful.dtype or ours.dtype == torch.float32, what
-    last_bit = torch.finfo(ours.dtype).eps * truth.detach().abs().max().item()
+    last_bit = torch.finfo(ours.dtype).eps * max(scale, truth.detach().abs().max().item())
     error, budget = rms_error(ours, truth), 2.0 * rms_error(careful, truth) + last_bit
     assert error <= budget, f"{what}: error {error:.3g}, budget {budget:.3g}"
 

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from airl_kernels import linear_logprob
+from airl_kernels.logprob import _linear_logprob, _linear_logprob_backward, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logprob_cases import (
@@ -20,9 +22,6 @@ from logprob_cases import (
     products,
     wide,
 )
-
-from airl_kernels import linear_logprob
-from airl_kernels.logprob import _linear_logprob, _linear_logprob_backward, scaled
 
 OPTIONS = {
     "plain": {},
@@ -378,7 +377,7 @@ def test_probabilities_are_a_distribution(rows, width, vocab, chunk, temperature
 def test_a_constant_added_to_all_logits_changes_nothing(rows, vocab, shift, seed, temperature):
     inputs = head(rows, 4, vocab, seed=seed)
     with torch.no_grad():
-        options = dict(temperature=temperature)
+        options = {"temperature": temperature}
         moved = linear_logprob(
             inputs.hidden, inputs.weight, inputs.targets, bias=torch.full((vocab,), shift), **options
         )
@@ -410,7 +409,11 @@ def test_a_constant_added_to_all_logits_changes_nothing(rows, vocab, shift, seed
     ],
 )
 def test_bad_arguments_are_named(change, error, words):
-    arguments = dict(hidden=torch.zeros(6, 4), weight=torch.zeros(11, 4), targets=torch.zeros(6, dtype=torch.int64))
+    arguments = {
+        "hidden": torch.zeros(6, 4),
+        "weight": torch.zeros(11, 4),
+        "targets": torch.zeros(6, dtype=torch.int64),
+    }
     with pytest.raises(error, match=words):
         linear_logprob(**{**arguments, **change})
 

@@ -1,0 +1,305 @@
+"""linear_ppo_loss: equal to the loss of plain log-probabilities, in the products and memory it promises."""
+
+import pytest
+import torch
+from airl_kernels import linear_logprob, linear_ppo_loss, ppo_loss
+from airl_kernels.linear_policy_loss import _linear_ppo_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from logprob_cases import (
+    DEVICES,
+    DTYPES,
+    INTERPRETED,
+    assert_as_good_as,
+    head,
+    peak_bytes,
+    plain_logprob,
+    product_count,
+    products,
+    wide,
+)
+from policy_cases import VARIANTS, Tokens, plain_loss, tokens, with_garbage
+
+LENGTHS = (9, 1, 0, 14, 16)
+SIZE = sum(LENGTHS)
+
+
+def denominator_of(variant: str) -> float | None:
+    return 97.0 if variant == "dr_grpo" else None
+
+
+def fused(inputs, case: Tokens, variant: str = "ppo", **options):
+    return linear_ppo_loss(
+        inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, variant=variant,
+        **case.arguments(torch.float32, inputs.hidden.device.type), **{"denominator": denominator_of(variant), **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["all rows", "compact"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_error_is_within_twice_that_of_careful_torch(device, dtype, variant, frozen, compact):
+    inputs = head(SIZE, 16, 150 if INTERPRETED else 300, dtype=dtype, device=device, bias=True, frozen=frozen)
+    exact = wide(inputs)
+    mapping = {"temperature": 0.8, "softcap": 8.0, "logit_scale": 1.1}
+    truth_logprob, truth_entropy = plain_logprob(exact, **mapping)
+    careful_logprob, careful_entropy = plain_logprob(inputs, **mapping)
+    # Ratios far from the bounds, so that rounding moves no token across one.
+    case = tokens(truth_logprob, LENGTHS, dual_clip=3.0) if variant != "cispo" else tokens(truth_logprob, LENGTHS)
+    case.old_logprobs.copy_(
+        truth_logprob.detach().float().double() - torch.tensor([0.0, 0.5, -0.5, 1.5, 0.1]).repeat(SIZE // 5)
+    )
+    truth = plain_loss(truth_logprob, case, variant, denominator_of(variant))
+    careful = plain_loss(careful_logprob.cpu(), Tokens(**vars(case)), variant, denominator_of(variant))
+    targets = torch.where(case.mask, inputs.targets.cpu(), -100).to(device)
+    loss, stats = linear_ppo_loss(
+        inputs.hidden, inputs.weight, targets, bias=inputs.bias, variant=variant, chunk_rows=17, compact=compact,
+        **with_garbage(case).arguments(torch.float32, device), denominator=denominator_of(variant), **mapping,
+    )  # fmt: skip
+    live = case.mask
+    assert_as_good_as(
+        stats.token_logprobs.cpu()[live], careful_logprob.cpu()[live], truth_logprob[live], "log-probability"
+    )
+    assert_as_good_as(stats.token_entropy.cpu()[live], careful_entropy.cpu()[live], truth_entropy[live], "entropy")
+    assert stats.entropy.item() == pytest.approx(truth_entropy[live].mean().item(), rel=2e-2)
+    assert_as_good_as(loss.cpu(), careful.float(), truth, "loss", scale=1.0)
+    found, careful, truth = (
+        torch.autograd.grad(2.0 * value, leaves.leaves())
+        for value, leaves in ((loss, inputs), (careful, inputs), (truth, exact))
+    )
+    for name, a, b, c in zip(("hidden", "weight", "bias"), found, careful, truth, strict=False):
+        assert a.dtype == dtype
+        assert_as_good_as(a, b, c, f"gradient in {name}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_double_precision_equals_the_composition(variant):
+    inputs = head(SIZE, 6, 40, dtype=torch.float64, bias=True)
+    logprob = linear_logprob(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias)
+    arguments = tokens(logprob, LENGTHS).arguments(torch.float64, "cpu") | {"denominator": denominator_of(variant)}
+    expected, expected_stats = ppo_loss(logprob, **arguments, variant=variant)
+    truth = torch.autograd.grad(expected, inputs.leaves())
+    for options in ({}, {"chunk_rows": 7}, {"chunk_rows": 7, "compact": True}, {"compact": True}):
+        found, stats = linear_ppo_loss(
+            inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, variant=variant, **arguments, **options
+        )
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, inputs.leaves()), truth)
+        for name in ("num_tokens", "surrogate", "approx_kl", "clip_fraction", "token_clipped", "token_logprobs"):
+            torch.testing.assert_close(getattr(stats, name), getattr(expected_stats, name))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_gradcheck(frozen):
+    inputs = head(6, 3, 5, dtype=torch.float64, bias=True, frozen=frozen)
+    case = tokens(plain_logprob(inputs)[0], (4, 2), seed=4)
+
+    def run(hidden, *rest):
+        weight, bias = rest or (inputs.weight, inputs.bias)
+        return linear_ppo_loss(
+            hidden, weight, inputs.targets, bias=bias, chunk_rows=4, softcap=4.0, **case.arguments(torch.float64, "cpu")
+        )[0]
+
+    assert torch.autograd.gradcheck(run, inputs.leaves())
+
+
+@pytest.mark.parametrize("variant", ["ppo", "grpo", "gspo"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_are_as_if_the_others_were_not_there(device, variant):
+    inputs = head(3 * SIZE, 8, 50, device=device)
+    rows = torch.arange(1, 3 * SIZE, 3, device=device)
+    targets = inputs.targets[:SIZE]
+    case = tokens(plain_logprob(wide(inputs))[0][:SIZE], LENGTHS)
+    arguments = case.arguments(torch.float32, device) | {"variant": variant}
+    loss, stats = linear_ppo_loss(inputs.hidden, inputs.weight, targets, rows=rows, **arguments)
+    picked = inputs.hidden.detach()[rows].requires_grad_()
+    expected, _ = linear_ppo_loss(picked, inputs.weight, targets, **arguments)
+    assert stats.token_logprobs.shape == (SIZE,)
+    torch.testing.assert_close(loss, expected)
+    d_hidden, d_weight = torch.autograd.grad(loss, inputs.leaves())
+    d_picked, truth = torch.autograd.grad(expected, (picked, inputs.weight))
+    torch.testing.assert_close(d_hidden[rows], d_picked)
+    torch.testing.assert_close(d_weight, truth)
+    assert d_hidden.any(1).sum() <= SIZE and not d_hidden[::3].any() and not d_hidden[2::3].any()
+
+
+@pytest.mark.parametrize("variant", ["ppo", "grpo"])
+def test_chunks_and_global_denominator_are_independent(variant):
+    inputs = head(SIZE, 8, 60)
+    case = tokens(plain_logprob(inputs)[0], LENGTHS, seed=2)
+    results = []
+    for chunk_rows in (7, SIZE, None) if INTERPRETED else (1, 7, 16, SIZE, None):
+        loss, _ = fused(inputs, case, variant, chunk_rows=chunk_rows, denominator=12345.0)
+        results.append((loss, *torch.autograd.grad(loss, inputs.leaves())))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_to_learn_from(device):
+    inputs = head(6, 8, 50, device=device)
+    nan, none = torch.full((6,), torch.nan, device=device), torch.zeros(6, dtype=torch.bool, device=device)
+    for compact in (False, True):
+        loss, stats = linear_ppo_loss(
+            inputs.hidden, inputs.weight, torch.full_like(inputs.targets, -100), nan, nan, none, compact=compact
+        )
+        assert loss.item() == 0 and stats.num_tokens.item() == 0 and stats.entropy.item() == 0
+        assert not any(g.any() for g in torch.autograd.grad(loss, inputs.leaves()))
+    empty = head(0, 8, 50, device=device)
+    nothing = torch.zeros(0, device=device)
+    loss, _ = linear_ppo_loss(empty.hidden, empty.weight, empty.targets, nothing, nothing)
+    assert loss.item() == 0
+    assert [g.shape for g in torch.autograd.grad(loss, empty.leaves())] == [(0, 8), (50, 8)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_impossible_tokens_leave_finite_gradients(device):
+    inputs = head(4, 8, 50, device=device, frozen=True)
+    bias = torch.zeros(50, device=device)
+    bias[10:30] = -torch.inf
+    targets = torch.tensor([0, 1, 35, 49], device=device)
+    old = torch.full((4,), -4.0, device=device)
+    loss, stats = linear_ppo_loss(inputs.hidden, inputs.weight, targets, old, old, bias=bias)
+    (gradient,) = torch.autograd.grad(loss, inputs.hidden)
+    assert loss.isfinite() and stats.entropy.isfinite() and gradient.isfinite().all() and gradient.any()
+
+
+# ---- products and memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the products of the torch loop, which is the same")
+@pytest.mark.parametrize(
+    ("variant", "mode", "chunk_rows", "count"),
+    [
+        ("ppo", "no gradient", 32, 1), ("ppo", "frozen", 32, 2), ("ppo", "trainable", 32, 3), ("ppo", "trainable", None, 3),
+        ("grpo", "frozen", 32, 2), ("grpo", "trainable", 32, 3), ("cispo", "trainable", 32, 3),
+        ("gspo", "no gradient", 32, 1), ("gspo", "frozen", 32, 2), ("gspo", "trainable", None, 3),
+        ("gspo", "trainable", 32, 4),
+    ],
+)  # fmt: skip
+def test_number_of_products(variant, mode, chunk_rows, count):
+    rows, width, vocab = 96, 8, 500
+    inputs = head(rows, width, vocab, frozen=mode == "frozen")
+    case = tokens(plain_logprob(inputs)[0], (50, 46))
+
+    def run():
+        if mode == "no gradient":
+            with torch.no_grad():
+                return fused(inputs, case, variant, chunk_rows=chunk_rows)
+        fused(inputs, case, variant, chunk_rows=chunk_rows)[0].backward()
+
+    assert product_count(run, rows, width, vocab) == count
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the products of the torch loop, which is the same")
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_compact_keeps_rows_without_gradient_out_of_the_backward_products(frozen):
+    rows, width, vocab = 60, 8, 500
+    inputs = head(rows, width, vocab, frozen=frozen)
+    logprob = plain_logprob(inputs)[0].detach()
+    advantages, old, mask = torch.ones(rows), logprob.clone(), torch.ones(rows, dtype=torch.bool)
+    advantages[:10], old[10:20], mask[20:30] = 0.0, old[10:20] - 1.0, False  # no advantage, clipped, masked
+    seen = products(
+        lambda: linear_ppo_loss(
+            inputs.hidden, inputs.weight, inputs.targets, old, advantages, mask, compact=True
+        )[0].backward()
+    )  # fmt: skip
+    backward = [(30, 500, 8)] if frozen else [(30, 500, 8), (500, 30, 8)]
+    assert sorted(seen) == sorted([(60, 8, 500), *backward])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts the products of the torch loop, which is the same")
+def test_rows_without_loss_reach_no_product():
+    inputs = head(100, 8, 500)
+    rows = torch.arange(0, 100, 10)
+    zeros = torch.zeros(10)
+    seen = products(
+        lambda: linear_ppo_loss(inputs.hidden, inputs.weight, inputs.targets[:10], zeros - 5, zeros + 1, rows=rows)[
+            0
+        ].backward()
+    )
+    assert sorted(seen) == sorted([(10, 8, 500), (10, 500, 8), (500, 10, 8)])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="measures torch's own allocations")
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_temporaries_do_not_grow_with_the_rows(frozen):
+    def peak(rows):
+        inputs = head(rows, 4, 4000, frozen=frozen)
+        case = tokens(plain_logprob(inputs)[0], (rows,), masked=False)
+        kept = rows * (4 * 2 + 40) * 4  # d hidden twice, and what is stored per row
+        return peak_bytes(lambda: torch.autograd.grad(fused(inputs, case, chunk_rows=16)[0], inputs.leaves())) - kept
+
+    assert peak(256) < 1.1 * peak(128) < 5 * 16 * 4000 * 4
+
+
+# ---- the machinery ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="checks the registration, which the interpreter replaces")
+@pytest.mark.parametrize(("surrogate", "sequence"), [("clip", False), ("clip", True), ("cispo", False)])
+def test_opcheck(surrogate, sequence):
+    inputs = head(SIZE, 4, 11, bias=True)
+    case = tokens(plain_logprob(inputs)[0], LENGTHS)
+    old, advantages, ref = (t.float() for t in (case.old_logprobs, case.advantages, case.ref_logprobs))
+    columns = (old, advantages, case.mask, advantages.abs(), ref, ref.exp(), case.cu_seqlens if sequence else None)
+    settings = (surrogate, (0.2, 0.2, 0.0, 0.1), (0.8, 5.0, 1.0), True, False, 13, (True, True, True))
+    torch.library.opcheck(
+        _linear_ppo_loss, (inputs.hidden, inputs.weight, inputs.targets, inputs.bias, *columns, *settings)
+    )
+
+
+@pytest.mark.parametrize("variant", ["grpo", "gspo"])
+def test_compiles_without_a_graph_break(variant):
+    inputs = head(SIZE, 4, 11)
+    case = tokens(plain_logprob(inputs)[0], LENGTHS)
+
+    def run(hidden, weight):
+        loss, stats = linear_ppo_loss(
+            hidden * 1.0, weight, inputs.targets, **case.arguments(torch.float32, "cpu"), variant=variant
+        )
+        return loss, stats.entropy, stats.token_logprobs
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected, found = run(inputs.hidden, inputs.weight), compiled(inputs.hidden, inputs.weight)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found[0], inputs.leaves()), torch.autograd.grad(expected[0], inputs.leaves())
+    )
+
+
+@settings(max_examples=3 if INTERPRETED else 25, deadline=None)
+@given(
+    variant=st.sampled_from(VARIANTS), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    width=st.integers(1, 5), vocab=st.integers(2, 60), chunk=st.integers(1, 12), seed=st.integers(0, 99),
+    compact=st.booleans(), masked=st.booleans(),
+)  # fmt: skip
+def test_any_shape_equals_the_composition(variant, lengths, width, vocab, chunk, seed, compact, masked):
+    inputs = head(sum(lengths), width, vocab, seed=seed, bias=True)
+    logprob = linear_logprob(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias)
+    case = tokens(logprob, tuple(lengths), seed=seed, masked=masked)
+    expected, _ = ppo_loss(
+        logprob, **case.arguments(torch.float32, "cpu"), variant=variant, denominator=denominator_of(variant)
+    )
+    found, _ = fused(inputs, case, variant, chunk_rows=chunk, compact=compact)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs.leaves()), torch.autograd.grad(expected, inputs.leaves()), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_bad_arguments_are_named():
+    inputs = head(6, 4, 11)
+    ones = torch.ones(6)
+    with pytest.raises(TypeError, match="weight must be a torch.Tensor"):
+        linear_ppo_loss(inputs.hidden, torch.nn.Linear(4, 11), inputs.targets, ones, ones)
+    with pytest.raises(ValueError, match="old_logprobs must have shape \\[3\\]"):
+        rows = torch.arange(3)
+        linear_ppo_loss(inputs.hidden, inputs.weight, inputs.targets[:3], ones, ones[:3], rows=rows)
+    with pytest.raises(ValueError, match="needs denominator"):
+        linear_ppo_loss(inputs.hidden, inputs.weight, inputs.targets, ones, ones, variant="dr_grpo")
+    with pytest.raises(ValueError, match="chunk_rows must be at least 1"):
+        linear_ppo_loss(inputs.hidden, inputs.weight, inputs.targets, ones, ones, chunk_rows=0)
