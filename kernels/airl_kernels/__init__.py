@@ -4,6 +4,7 @@ Depends on torch and triton only. Every function takes tensors of any device: CU
 CPU tensors to the C++ kernels where they were built and to plain torch otherwise.
 """
 
+from . import native
 from .linear_policy_loss import linear_ppo_loss
 from .logprob import linear_logprob
 from .policy_loss import PolicyStats, ppo_loss
@@ -19,6 +20,7 @@ __all__ = [
     "group_advantages",
     "linear_logprob",
     "linear_ppo_loss",
+    "native",
     "ppo_loss",
     "selective_log_softmax",
     "token_rewards",

@@ -97,6 +97,13 @@ def pairwise_of(z: Tensor, weights: Tensor, cu_seqlens: Tensor, pairs: Tensor, m
     return loss, (score_slope / torch.where(mass > 0, mass, 1.0))[segments] * weights
 
 
+def _sum_rows(slope: Tensor, hidden: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
+    """Σ_t slope_t·hidden_t, in all or by row of the weight."""
+    if index is None:
+        return slope @ hidden
+    return hidden.new_zeros(weight.shape).index_add_(0, index, slope[:, None] * hidden)
+
+
 def head_gradients_reference(
     slope: Tensor,
     hidden: Tensor,
@@ -108,20 +115,19 @@ def head_gradients_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d hidden, d weight, d bias) for d z = slope [N]. What is not needed comes back empty.
 
-    Rows whose slope is 0 do not contribute, whatever they hold (0 · inf is not NaN here).
+    Rows whose slope is 0 do not contribute, whatever they hold: where 0 · inf made the sum NaN, it is taken again
+    without them.
     """
     dtype = accumulate_dtype(hidden, weight)
     d_hidden, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if need_hidden:
         rows = weight if index is None else weight[index]
-        d_hidden = torch.where(slope[:, None] != 0, slope[:, None] * rows.to(dtype), 0.0).to(hidden.dtype)
+        d_hidden = (slope[:, None] * rows.to(dtype)).to(hidden.dtype)
     if need_weight:
-        live = torch.where(slope[:, None] != 0, hidden.to(dtype), 0.0)
-        if index is None:
-            d_weight = (slope @ live).to(weight.dtype)
-        else:
-            d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-            d_weight = d_weight.index_add_(0, index, slope[:, None] * live).to(weight.dtype)
+        total = _sum_rows(slope, hidden.to(dtype), weight, index)
+        if not total.isfinite().all():
+            total = _sum_rows(slope, torch.where(slope[:, None] != 0, hidden.to(dtype), 0.0), weight, index)
+        d_weight = total.to(weight.dtype)
         if bias is not None and (index is None or bias.numel() == 1):
             d_bias = slope.sum().reshape(bias.shape).to(bias.dtype)
         elif bias is not None:
@@ -293,6 +299,7 @@ def _loss_setup(ctx, inputs, output) -> None:
     hidden, weight, bias, _, _, index, offset = inputs[:7]
     _, logits, *gradients, slope = output
     ctx.mark_non_differentiable(logits, *gradients, slope)
+    ctx.set_materialize_grads(False)  # no zeros the size of hidden for the outputs nobody differentiates
     ctx.gradients = gradients
     ctx.save_for_backward(hidden, weight, bias, index, slope)
     ctx.offset_dtype = None if offset is None else offset.dtype
@@ -302,6 +309,8 @@ def _loss_backward(ctx, grad: Tensor, *_ignored):
     """The first time, the forward pass's gradients are scaled in place; a repeated backward computes them anew."""
     hidden, weight, bias, index, slope = ctx.saved_tensors
     need = ctx.needs_input_grad
+    if grad is None:
+        return (None,) * len(need)
     if ctx.gradients is not None:
         gradients, ctx.gradients = ctx.gradients, None
         _scale_gradients(gradients, grad)

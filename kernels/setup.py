@@ -1,0 +1,78 @@
+"""Builds the C++ kernels of ../csrc beside the Python package, when it can.
+
+They are optional: without a compiler, without torch in the build environment (pip's isolated builds have none) or
+with AIRL_KERNELS_NATIVE=0 the package installs without them, says so, and runs its plain-torch bodies on the CPU.
+To have them: pip install --no-build-isolation ./kernels
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc").glob("*.cpp"))
+
+
+class BuildNative(build_ext):
+    """Compiles csrc into airl_kernels/_native.so with torch's own flags; a failure is a message, not an error."""
+
+    def run(self) -> None:
+        reason = self._reason_to_skip()
+        if reason is None:
+            try:
+                super().run()
+                return
+            except (BaseError, CCompilerError, OSError) as error:
+                reason = f"the build failed: {error}"
+        for extension in self.extensions:  # an earlier build's library must not be taken for this one's
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        sys.stderr.write(f"airl-kernels: installed without its C++ CPU kernels, because {reason}\n")
+
+    @staticmethod
+    def _reason_to_skip() -> str | None:
+        if os.environ.get("AIRL_KERNELS_NATIVE") == "0":
+            return "AIRL_KERNELS_NATIVE=0 is set."
+        if not SOURCES:
+            return "the csrc directory is not beside the package."
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            return "torch is not in the build environment; use pip install --no-build-isolation."
+        return None
+
+    def build_extension(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        objects = self.compiler.compile(
+            [os.path.relpath(source) for source in SOURCES],
+            output_dir=str(Path(self.build_temp).resolve()),
+            include_dirs=include_paths(),
+            extra_postargs=[
+                "-O3",
+                "-g0",
+                "-std=c++20",
+                "-fPIC",
+                "-fopenmp-simd",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+            ],
+        )
+        self.compiler.link_shared_object(
+            objects,
+            str(target),
+            libraries=["c10", "torch_cpu"],
+            library_dirs=library_paths(),
+            runtime_library_dirs=library_paths(),
+            target_lang="c++",
+        )
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python version in the name: it does not use Python
+
+
+setup(ext_modules=[Extension("airl_kernels._native", sources=[])], cmdclass={"build_ext": BuildNative})
