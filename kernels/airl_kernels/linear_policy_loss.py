@@ -165,7 +165,8 @@ def linear_ppo_loss(
     hidden: [N, H]. weight: [V, H], bias: [V] or None, same dtype. targets: int64 [M], within 0 and V-1 where the mask
     is true. rows: int64 [M], the rows of hidden that count; every other per-token argument, cu_seqlens and all
     statistics then refer to these M rows, and no other row reaches a matrix product. None: M is N.
-    old_logprobs ... denominator: as in `ppo_loss`. temperature, softcap, logit_scale, chunk_rows: as in `linear_logprob`.
+    old_logprobs to denominator: as in `ppo_loss`. temperature, softcap, logit_scale, chunk_rows: as in
+    `linear_logprob`.
     entropy: report the entropy (one more pass over the logits in registers; no gradient).
     compact: keep rows whose slope is 0 (masked, clipped, of zero advantage) out of the backward products. The host
     waits for the device once per chunk, so not inside CUDA graphs; the kept rows of logits are copied once.

@@ -43,11 +43,7 @@ def _tanh(x):
 @triton.jit
 def _score(x, inner, outer, CAPPED: tl.constexpr):
     """The score of a raw logit: outer · tanh(inner · x), or inner · outer · x without a cap."""
-    if CAPPED:
-        z = outer * _tanh(x * inner)
-    else:
-        z = x * (inner * outer)
-    return z
+    return outer * _tanh(x * inner) if CAPPED else x * (inner * outer)
 
 
 @triton.jit

@@ -127,8 +127,9 @@ class Surrogate(NamedTuple):
 
 
 def clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float) -> Surrogate:
-    """-min(ρA, clamp(ρ, 1-clip_low, 1+clip_high)·A), and for A < 0 at most -dual_clip·A (0: no bound; arXiv 1912.09729, eq. 5).
+    """-min(ρA, clamp(ρ, 1-clip_low, 1+clip_high)·A), and for A < 0 at most -dual_clip·A (arXiv 1912.09729, eq. 5).
 
+    dual_clip 0 sets no such bound.
     Written by cases, so that an infinite ratio on the clipped side costs a finite loss and no gradient.
     """
     ratio = log_ratio.exp()

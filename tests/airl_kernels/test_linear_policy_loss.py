@@ -6,7 +6,8 @@ from airl_kernels import linear_logprob, linear_ppo_loss, ppo_loss
 from airl_kernels.linear_policy_loss import _linear_ppo_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logprob_cases import (
+
+from tests.airl_kernels.logprob_cases import (
     DEVICES,
     DTYPES,
     INTERPRETED,
@@ -18,7 +19,7 @@ from logprob_cases import (
     products,
     wide,
 )
-from policy_cases import VARIANTS, Tokens, plain_loss, tokens, with_garbage
+from tests.airl_kernels.policy_cases import VARIANTS, Tokens, plain_loss, tokens, with_garbage
 
 LENGTHS = (9, 1, 0, 14, 16)
 SIZE = sum(LENGTHS)
@@ -31,7 +32,8 @@ def denominator_of(variant: str) -> float | None:
 def fused(inputs, case: Tokens, variant: str = "ppo", **options):
     return linear_ppo_loss(
         inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, variant=variant,
-        **case.arguments(torch.float32, inputs.hidden.device.type), **{"denominator": denominator_of(variant), **options},
+        **case.arguments(torch.float32, inputs.hidden.device.type),
+        **{"denominator": denominator_of(variant), **options},
     )  # fmt: skip
 
 
@@ -122,7 +124,9 @@ def test_rows_are_as_if_the_others_were_not_there(device, variant):
     d_picked, truth = torch.autograd.grad(expected, (picked, inputs.weight))
     torch.testing.assert_close(d_hidden[rows], d_picked)
     torch.testing.assert_close(d_weight, truth)
-    assert d_hidden.any(1).sum() <= SIZE and not d_hidden[::3].any() and not d_hidden[2::3].any()
+    assert d_hidden.any(1).sum() <= SIZE
+    assert not d_hidden[::3].any()
+    assert not d_hidden[2::3].any()
 
 
 @pytest.mark.parametrize("variant", ["ppo", "grpo"])
@@ -145,7 +149,9 @@ def test_nothing_to_learn_from(device):
         loss, stats = linear_ppo_loss(
             inputs.hidden, inputs.weight, torch.full_like(inputs.targets, -100), nan, nan, none, compact=compact
         )
-        assert loss.item() == 0 and stats.num_tokens.item() == 0 and stats.entropy.item() == 0
+        assert loss.item() == 0
+        assert stats.num_tokens.item() == 0
+        assert stats.entropy.item() == 0
         assert not any(g.any() for g in torch.autograd.grad(loss, inputs.leaves()))
     empty = head(0, 8, 50, device=device)
     nothing = torch.zeros(0, device=device)
@@ -163,7 +169,10 @@ def test_impossible_tokens_leave_finite_gradients(device):
     old = torch.full((4,), -4.0, device=device)
     loss, stats = linear_ppo_loss(inputs.hidden, inputs.weight, targets, old, old, bias=bias)
     (gradient,) = torch.autograd.grad(loss, inputs.hidden)
-    assert loss.isfinite() and stats.entropy.isfinite() and gradient.isfinite().all() and gradient.any()
+    assert loss.isfinite()
+    assert stats.entropy.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient.any()
 
 
 # ---- products and memory ---------------------------------------------------------------------------------------
@@ -173,7 +182,8 @@ def test_impossible_tokens_leave_finite_gradients(device):
 @pytest.mark.parametrize(
     ("variant", "mode", "chunk_rows", "count"),
     [
-        ("ppo", "no gradient", 32, 1), ("ppo", "frozen", 32, 2), ("ppo", "trainable", 32, 3), ("ppo", "trainable", None, 3),
+        ("ppo", "no gradient", 32, 1), ("ppo", "frozen", 32, 2), ("ppo", "trainable", 32, 3),
+        ("ppo", "trainable", None, 3),
         ("grpo", "frozen", 32, 2), ("grpo", "trainable", 32, 3), ("cispo", "trainable", 32, 3),
         ("gspo", "no gradient", 32, 1), ("gspo", "frozen", 32, 2), ("gspo", "trainable", None, 3),
         ("gspo", "trainable", 32, 4),
@@ -189,6 +199,7 @@ def test_number_of_products(variant, mode, chunk_rows, count):
             with torch.no_grad():
                 return fused(inputs, case, variant, chunk_rows=chunk_rows)
         fused(inputs, case, variant, chunk_rows=chunk_rows)[0].backward()
+        return None
 
     assert product_count(run, rows, width, vocab) == count
 
@@ -294,10 +305,10 @@ def test_any_shape_equals_the_composition(variant, lengths, width, vocab, chunk,
 def test_bad_arguments_are_named():
     inputs = head(6, 4, 11)
     ones = torch.ones(6)
-    with pytest.raises(TypeError, match="weight must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor"):
         linear_ppo_loss(inputs.hidden, torch.nn.Linear(4, 11), inputs.targets, ones, ones)
+    rows = torch.arange(3)
     with pytest.raises(ValueError, match="old_logprobs must have shape \\[3\\]"):
-        rows = torch.arange(3)
         linear_ppo_loss(inputs.hidden, inputs.weight, inputs.targets[:3], ones, ones[:3], rows=rows)
     with pytest.raises(ValueError, match="needs denominator"):
         linear_ppo_loss(inputs.hidden, inputs.weight, inputs.targets, ones, ones, variant="dr_grpo")

@@ -1,7 +1,8 @@
 """Every launch the two families ship, compiled for A100, H100/H200 and B200: no spills, and it fits the chip."""
 
 import pytest
-from logprob_cases import INTERPRETED
+
+from tests.airl_kernels.logprob_cases import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -37,6 +38,8 @@ def test_rows_are_read_and_written_sixteen_bytes_at_a_time(vocab):
         (kernel,) = compiled.values()
         text = kernel.asm["ptx"]
         if name.startswith("row_stats"):
-            assert "cp.async.cg.shared.global" in text and ", 0x10" in text
+            assert "cp.async.cg.shared.global" in text
+            assert ", 0x10" in text
         else:
-            assert "ld.global.v4.b32" in text and "st.global.v4.b32" in text
+            assert "ld.global.v4.b32" in text
+            assert "st.global.v4.b32" in text

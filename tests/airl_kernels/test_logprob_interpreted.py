@@ -13,9 +13,10 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 FILES = ("test_logprob.py", "test_selective.py", "test_policy_loss.py", "test_linear_policy_loss.py")
 CALLS = """
-import torch, logprob_cases, airl_kernels.logprob_triton as kernels, airl_kernels
+import torch, airl_kernels, airl_kernels.logprob_triton as kernels, tests.airl_kernels.logprob_cases
 calls = []
 for name in ("row_stats", "logit_gradient_"):
     launch = getattr(kernels, name)
@@ -27,14 +28,14 @@ print(calls)
 
 
 def interpreted(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested on this machine's GPU")
 def test_kernels_under_the_interpreter():
-    run = interpreted("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(str(HERE / name) for name in FILES))
+    run = interpreted("-m", "pytest", "-x", "-p", "no:cacheprovider", *(str(HERE / name) for name in FILES))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     assert " passed" in run.stdout
 

@@ -9,8 +9,9 @@ from airl_kernels import ppo_loss
 from airl_kernels.policy_loss import _ppo_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logprob_cases import DEVICES, INTERPRETED
-from policy_cases import VARIANTS, plain_loss, tokens, with_garbage
+
+from tests.airl_kernels.logprob_cases import DEVICES, INTERPRETED
+from tests.airl_kernels.policy_cases import VARIANTS, plain_loss, tokens, with_garbage
 
 LENGTHS = (7, 1, 0, 12, 20)
 SIZE = sum(LENGTHS)
@@ -65,7 +66,8 @@ def test_sequence_ratio_by_hand():
     logprobs = torch.tensor([0.3, -0.1]).requires_grad_()
     cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
     loss, stats = ppo_loss(logprobs, torch.zeros(2), torch.ones(2), None, cu_seqlens, variant="gspo")
-    assert loss.item() == pytest.approx(-math.exp(0.1)) and stats.clip_fraction.item() == 0
+    assert loss.item() == pytest.approx(-math.exp(0.1))
+    assert stats.clip_fraction.item() == 0
     loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.full((2,), -math.exp(0.1) / 2))
     _, stats = ppo_loss(logprobs.detach(), torch.zeros(2), torch.ones(2), None, cu_seqlens, variant="ppo")
@@ -86,7 +88,9 @@ def test_statistics_are_means_over_loss_tokens(device):
         "clip_high": high.double(), "clip_low": low.double(), "clip_fraction": (high | low).double(),
         "surrogate": surrogate,
     }  # fmt: skip
-    assert stats.num_tokens.item() == live.sum().item() and stats.entropy is None and stats.dual_clip.item() == 0
+    assert stats.num_tokens.item() == live.sum().item()
+    assert stats.entropy is None
+    assert stats.dual_clip.item() == 0
     for name, per_token in expected.items():
         assert getattr(stats, name).item() == pytest.approx(per_token[live].mean().item(), rel=1e-4, abs=1e-7), name
         if name in ("log_ratio", "reference_kl", "surrogate"):
@@ -118,13 +122,16 @@ def test_nothing_to_learn_from(device, variant):
     none = torch.zeros(4, dtype=torch.bool, device=device)
     nan = torch.full((4,), torch.nan, device=device)
     loss, stats = ppo_loss(logprobs, nan, nan, none, cu_seqlens, ref_logprobs=nan, beta=0.1, **options)
-    assert loss.item() == 0 and stats.num_tokens.item() == 0 and stats.clip_fraction.item() == 0
+    assert loss.item() == 0
+    assert stats.num_tokens.item() == 0
+    assert stats.clip_fraction.item() == 0
     assert not torch.autograd.grad(loss, logprobs)[0].any()
     empty = torch.zeros(0, device=device).requires_grad_()
     for bounds in ([0], [0, 0]):
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
         loss, stats = ppo_loss(empty, empty.detach(), empty.detach(), None, cu_seqlens, **options)
-        assert loss.item() == 0 and stats.num_tokens.item() == 0
+        assert loss.item() == 0
+        assert stats.num_tokens.item() == 0
         assert torch.autograd.grad(loss, empty)[0].shape == (0,)
 
 
@@ -142,7 +149,8 @@ def test_an_infinite_ratio_is_clipped_without_nan(device):
 def test_zero_advantage_is_not_padding():
     logprobs = torch.tensor([-1.0, -2.0]).requires_grad_()
     loss, stats = ppo_loss(logprobs, logprobs.detach(), torch.tensor([2.0, 0.0]))
-    assert loss.item() == -1.0 and stats.num_tokens.item() == 2
+    assert loss.item() == -1.0
+    assert stats.num_tokens.item() == 2
     loss, _ = ppo_loss(logprobs, logprobs.detach(), torch.zeros(2), ref_logprobs=torch.zeros(2), beta=1.0)
     assert loss.item() == pytest.approx(((math.e - 2) + (math.e**2 - 3)) / 2)
 
@@ -237,7 +245,9 @@ def test_any_input_matches_the_formula(variant, lengths, seed, masked, extras, l
     edge = ((exact - case.old_logprobs).exp().detach()[:, None] - bounds).abs().amin(1) < 1e-5
     if variant != "gspo" or not edge.any():
         torch.testing.assert_close(found.double()[~edge], truth[~edge], rtol=1e-3, atol=1e-6)
-    assert 0 <= stats.clip_fraction.item() <= 1 and stats.approx_kl.item() >= 0 and stats.reference_kl.item() >= 0
+    assert 0 <= stats.clip_fraction.item() <= 1
+    assert stats.approx_kl.item() >= 0
+    assert stats.reference_kl.item() >= 0
 
 
 ONES = torch.ones(4)
