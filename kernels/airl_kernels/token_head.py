@@ -105,14 +105,9 @@ def _sum_rows(slope: Tensor, hidden: Tensor, weight: Tensor, index: Tensor | Non
 
 
 def head_gradients_reference(
-    slope: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    slope: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None,
+    need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d hidden, d weight, d bias) for d z = slope [N]. What is not needed comes back empty.
 
     Rows whose slope is 0 do not contribute, whatever they hold: where 0 · inf made the sum NaN, it is taken again
@@ -175,15 +170,9 @@ def _(gradients, scale):
 
 
 def token_rewards_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    offset: Tensor | None,
-    kind: str,
-    temperature: float,
-    clip: float | None,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, offset: Tensor | None,
+    kind: str, temperature: float, clip: float | None,
+) -> Tensor:  # fmt: skip
     z = logits_of(hidden, weight, bias, index, offset)
     return reward_of(z, kind, temperature, clip)[0]
 
@@ -197,18 +186,9 @@ def _(hidden, weight, bias, index, offset, kind, temperature, clip):
 
 
 def token_rewards_backward_reference(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    offset: Tensor | None,
-    kind: str,
-    temperature: float,
-    clip: float | None,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, offset: Tensor | None,
+    kind: str, temperature: float, clip: float | None, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(d hidden, d weight, d bias, d z); recomputes the logits, which costs nothing beside reading hidden for d w."""
     z = logits_of(hidden, weight, bias, index, offset)
     slope = grad * reward_of(z, kind, temperature, clip)[1]
@@ -235,16 +215,11 @@ def _rewards_backward(ctx, grad: Tensor):
     d_hidden, d_weight, d_bias, slope = _token_rewards_backward(
         grad, hidden, weight, bias, index, offset, ctx.kind, ctx.temperature, ctx.clip, need[0], need[1] or need[2]
     )
-    return (
-        d_hidden if need[0] else None,
-        d_weight if need[1] else None,
-        d_bias if need[2] else None,
-        None,
-        slope.to(offset.dtype) if need[4] else None,
-        None,
-        None,
-        None,
+    d_offset = slope.to(offset.dtype) if need[4] else None
+    wanted = (
+        gradient if needed else None for gradient, needed in zip((d_hidden, d_weight, d_bias), need, strict=False)
     )
+    return *wanted, None, d_offset, None, None, None
 
 
 _token_rewards.register_autograd(_rewards_backward, setup_context=_rewards_setup)
@@ -254,21 +229,10 @@ _token_rewards.register_autograd(_rewards_backward, setup_context=_rewards_setup
 
 
 def discriminator_loss_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    weights: Tensor,
-    index: Tensor | None,
-    offset: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pairs: Tensor | None,
-    loss: str,
-    label_smoothing: float,
-    margin: float,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, index: Tensor | None,
+    offset: Tensor | None, cu_seqlens: Tensor | None, pairs: Tensor | None, loss: str, label_smoothing: float,
+    margin: float, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], logits [N], d hidden, d weight, d bias, d z [N]): the gradients belong to d loss = 1."""
     live = weights != 0
     z = torch.where(live, logits_of(hidden, weight, bias, index, offset), 0.0)
@@ -316,12 +280,9 @@ def _loss_backward(ctx, grad: Tensor, *_ignored):
         _scale_gradients(gradients, grad)
     else:
         gradients = _head_gradients(slope * grad, hidden, weight, bias, index, need[0], need[1] or need[2])
-    return (
-        *(gradient if needed else None for gradient, needed in zip(gradients, need, strict=False)),
-        *(None,) * 3,
-        (slope * grad).to(ctx.offset_dtype) if need[6] else None,
-        *(None,) * 7,
-    )
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, need, strict=False))
+    d_offset = (slope * grad).to(ctx.offset_dtype) if need[6] else None
+    return *wanted, *(None,) * 3, d_offset, *(None,) * 7
 
 
 _discriminator_loss.register_autograd(_loss_backward, setup_context=_loss_setup)

@@ -6,9 +6,7 @@ Everything is bound by reading `hidden` [N, H] and writing its gradient, so:
                        and one write (4NH). A program walks over many tiles and keeps its part of d weight in fp32;
 - `_gradient_kernel`   the same gradients from given slopes, for losses whose slopes need all logits first;
 - `_reduce_kernel`     adds the programs' parts of d weight in a fixed order: no atomics, bit-equal from run to run;
-- `_runs_kernel` and `_join_kernel`  d weight of the action head: tokens sorted by row, each row's tokens added in
-                       order, rows that span several chunks joined afterwards;
-- `_score_kernel`, `_pair_kernel`, `_spread_kernel`  the pairwise loss between logits and slopes, on [S] numbers.
+The action head's d weight is in `_rows_triton.py`, the pairwise loss in `_pairs_triton.py`.
 Row offsets are int64. Numbers accumulate in fp32. float64 inputs run the plain-torch formula instead.
 """
 
@@ -20,62 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import num_multiprocessors
-
-# What the fused kernel computes from a row's logit.
-BCE, WGAN, REWARD_LOGIT, REWARD_GAIL, REWARD_LOGD = 0, 1, 2, 3, 4
-_MODES = {"bce": BCE, "wgan": WGAN, "logit": REWARD_LOGIT, "gail": REWARD_GAIL, "logd": REWARD_LOGD}
-_RUN_CHUNK = 32  # sorted tokens one program of `_runs_kernel` adds up
-
+from ._math_triton import MODES, WGAN, loss_and_slope, reward_and_slope
+from ._pairs_triton import pairwise
+from ._rows_triton import scatter_rows
 
 # ---- device functions ------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) without the rounding of 1 + x (Kahan)."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def _reward(z, temperature, clip, MODE: tl.constexpr):
-    """(reward, d reward / d z)."""
-    x = z / temperature
-    if MODE == 2:
-        reward, slope = x, x * 0.0 + 1.0
-    elif MODE == 3:
-        reward, slope = _softplus(x), _sigmoid(x)
-    else:
-        reward, slope = -_softplus(-x), _sigmoid(-x)
-    if clip is not None:
-        slope = tl.where(tl.abs(reward) <= clip, slope, 0.0)
-        reward = tl.minimum(tl.maximum(reward, -clip), clip)
-    return reward, slope / temperature
-
-
-@triton.jit
-def _loss(z, target, smoothing, MODE: tl.constexpr):
-    """(loss, d loss / d z) of one token before its weight."""
-    if MODE == 0:
-        y = target * (1.0 - smoothing) + 0.5 * smoothing
-        # An infinite logit with a certain label costs 0, not 0 * inf.
-        value = tl.where(y > 0.0, y * _softplus(-z), 0.0) + tl.where(y < 1.0, (1.0 - y) * _softplus(z), 0.0)
-        slope = _sigmoid(z) - y
-    else:
-        slope = 1.0 - 2.0 * target
-        value = slope * z
-    return value, slope
 
 
 @triton.jit
@@ -96,7 +43,8 @@ def _add_terms(z, bias, index_rows, offset, rows, ok, BIAS_PER_ROW: tl.constexpr
 @triton.jit
 def _rewards_kernel(
     hidden, weight, bias, index, offset, live, out, num_rows, stride_hidden, temperature, clip,
-    H: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < num_rows
@@ -117,7 +65,7 @@ def _rewards_kernel(
             w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
         products += h * w
     z = _add_terms(tl.sum(products, axis=1), bias, index_rows, offset, rows, ok, BIAS_PER_ROW)
-    reward, _ = _reward(z, temperature, clip, MODE)
+    reward, _ = reward_and_slope(z, temperature, clip, MODE)
     tl.store(out + rows, tl.where(ok, reward, 0.0), mask=rows < num_rows)
 
 
@@ -149,13 +97,13 @@ def _fused_kernel(
             index_rows = tl.load(index + rows, mask=live, other=0)
             w = tl.load(weight + index_rows[:, None] * H + columns[None, :], mask=read, other=0.0).to(tl.float32)
         z = _add_terms(tl.sum(h * w, axis=1), bias, index_rows, offset, rows, live, BIAS_PER_ROW)
-        if MODE <= 1:
+        if MODE <= WGAN:
             target = tl.load(targets + rows, mask=live, other=0.0)
-            value, slope = _loss(z, target, smoothing, MODE)
+            value, slope = loss_and_slope(z, target, smoothing, MODE)
             loss_sum += tl.where(live, factor * value, 0.0)
             tl.store(logits + rows, tl.where(live, z, 0.0), mask=ok)
         else:
-            _, slope = _reward(z, temperature, clip, MODE)
+            _, slope = reward_and_slope(z, temperature, clip, MODE)
         slope = tl.where(live, factor * slope, 0.0)
         slope_sum += slope
         tl.store(slopes + rows, slope, mask=ok)
@@ -168,14 +116,15 @@ def _fused_kernel(
     if partial_weight is not None:
         tl.store(partial_weight + program.to(tl.int64) * H + columns, d_weight, mask=inside)
     tl.store(partial_sums + program, tl.sum(slope_sum))
-    if MODE <= 1:
+    if MODE <= WGAN:
         tl.store(partial_sums + tl.num_programs(0) + program, tl.sum(loss_sum))
 
 
 @triton.jit
 def _gradient_kernel(
     hidden, weight, index, slopes, d_hidden, partial_weight, partial_sums, num_rows, stride_hidden,
-    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -236,148 +185,21 @@ def _reduce_kernel(
 
 
 @triton.jit
-def _runs_kernel(
-    hidden, keys, order, slopes, d_weight, d_bias, head, tail, head_bias, tail_bias, num_rows, stride_hidden, H,
-    CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Add up slope·hidden over runs of equal keys (sorted) inside one chunk of CHUNK tokens.
-
-    A run inside the chunk goes straight to its row of d weight. The part of a run that began earlier goes to
-    head[chunk], that of a run which begins here and goes on to tail[chunk]; `_join_kernel` adds those up.
-    """
-    chunk = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = columns < H
-    first = chunk * CHUNK
-    last = tl.minimum(first + CHUNK, num_rows) - 1
-    inherited = tl.load(keys + first - 1, mask=first > 0, other=-1)
-    key = tl.load(keys + first)
-    total = tl.zeros([BLOCK_H], dtype=tl.float32)
-    bias_total = 0.0
-    for step in range(last - first + 1):
-        position = first + step
-        row = tl.load(order + position)
-        slope = tl.load(slopes + row)
-        moves = inside & (tl.full([BLOCK_H], slope, tl.float32) != 0.0)
-        h = tl.load(hidden + row * stride_hidden + columns, mask=moves, other=0.0)
-        total += slope * h.to(tl.float32)
-        bias_total += slope
-        following = tl.load(keys + position + 1, mask=position + 1 < num_rows, other=-1)
-        if (following != key) | (position == last):
-            if key == inherited:
-                tl.store(head + chunk * H + columns, total, mask=inside)
-                tl.store(head_bias + chunk, bias_total)
-            elif following == key:
-                tl.store(tail + chunk * H + columns, total, mask=inside)
-                tl.store(tail_bias + chunk, bias_total)
-            else:
-                tl.store(d_weight + key * H + columns, total.to(d_weight.dtype.element_ty), mask=inside)
-                if d_bias is not None:
-                    tl.store(d_bias + key, bias_total.to(d_bias.dtype.element_ty))
-            key = following
-            inherited = tl.full([], -1, tl.int64)
-            total = tl.zeros([BLOCK_H], dtype=tl.float32)
-            bias_total = 0.0
-
-
-@triton.jit
-def _join_kernel(
-    keys, d_weight, d_bias, head, tail, head_bias, tail_bias, num_rows, num_chunks, H,
-    CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Rows of d weight whose run begins in this chunk and goes on into later ones."""
-    chunk = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = columns < H
-    first = chunk * CHUNK
-    following = first + CHUNK
-    key = tl.load(keys + following - 1, mask=following < num_rows, other=-1)
-    goes_on = (following < num_rows) & (tl.load(keys + following, mask=following < num_rows, other=-2) == key)
-    begins_here = (tl.load(keys + first) != key) | (tl.load(keys + first - 1, mask=first > 0, other=-1) != key)
-    if goes_on & begins_here:
-        total = tl.load(tail + chunk * H + columns, mask=inside, other=0.0)
-        bias_total = tl.load(tail_bias + chunk)
-        later = chunk + 1
-        while goes_on:
-            total += tl.load(head + later * H + columns, mask=inside, other=0.0)
-            bias_total += tl.load(head_bias + later)
-            later += 1
-            goes_on = (later < num_chunks) & (tl.load(keys + later * CHUNK, mask=later < num_chunks, other=-2) == key)
-        tl.store(d_weight + key * H + columns, total.to(d_weight.dtype.element_ty), mask=inside)
-        if d_bias is not None:
-            tl.store(d_bias + key, bias_total.to(d_bias.dtype.element_ty))
-
-
-@triton.jit
-def _score_kernel(logits, weights, cu_seqlens, score, mass, BLOCK: tl.constexpr):
-    """A sequence's mean logit weighted by `weights`, and their sum."""
-    sequence = tl.program_id(0)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    weight_total = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(start, end, BLOCK):
-        tokens = first + tl.arange(0, BLOCK)
-        w = tl.load(weights + tokens, mask=tokens < end, other=0.0)
-        total += w * tl.load(logits + tokens, mask=tokens < end, other=0.0)
-        weight_total += w
-    w = tl.sum(weight_total)
-    tl.store(mass + sequence, w)
-    tl.store(score + sequence, tl.sum(total) / tl.where(w > 0.0, w, 1.0))
-
-
-@triton.jit
-def _pair_terms(score, mass, pairs, sequences, num_sequences, margin):
-    """(counts, expert, shortfall) of the pairs whose perturbed side is in `sequences`."""
-    ok = sequences < num_sequences
-    expert = tl.load(pairs + sequences, mask=ok, other=-1)
-    paired = expert >= 0
-    counts = paired & (tl.load(mass + sequences, mask=ok, other=0.0) > 0.0)
-    counts = counts & (tl.load(mass + expert, mask=paired, other=0.0) > 0.0)
-    gap = tl.load(score + expert, mask=paired, other=0.0) - tl.load(score + sequences, mask=ok, other=0.0)
-    return counts, expert, margin - gap
-
-
-@triton.jit
-def _pair_kernel(score, mass, pairs, partial_loss, score_slope, num_sequences, margin, BLOCK: tl.constexpr):
-    """d loss / d score of BLOCK sequences: each looks at its own pair and, as an expert, at every pair made from it."""
-    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pulls = tl.zeros([BLOCK], dtype=tl.float32)
-    total = 0
-    for first in range(0, num_sequences, BLOCK):
-        others = first + tl.arange(0, BLOCK)
-        counts, expert, shortfall = _pair_terms(score, mass, pairs, others, num_sequences, margin)
-        total += tl.sum(counts.to(tl.int32))
-        pull = tl.where(counts, _sigmoid(shortfall), 0.0)
-        pulls -= tl.sum(tl.where(expert[None, :] == mine[:, None], pull[None, :], 0.0), axis=1)
-    counts, _, shortfall = _pair_terms(score, mass, pairs, mine, num_sequences, margin)
-    pulls += tl.where(counts, _sigmoid(shortfall), 0.0)
-    share = 1.0 / tl.maximum(total, 1).to(tl.float32)
-    weight = tl.load(mass + mine, mask=mine < num_sequences, other=0.0)
-    tl.store(score_slope + mine, pulls * share / tl.where(weight > 0.0, weight, 1.0), mask=mine < num_sequences)
-    tl.store(partial_loss + tl.program_id(0), tl.sum(tl.where(counts, _softplus(shortfall) * share, 0.0)))
-
-
-@triton.jit
-def _spread_kernel(score_slope, weights, cu_seqlens, slopes, BLOCK: tl.constexpr):
-    sequence = tl.program_id(0)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-    slope = tl.load(score_slope + sequence)
-    for first in range(start, end, BLOCK):
-        tokens = first + tl.arange(0, BLOCK)
-        w = tl.load(weights + tokens, mask=tokens < end, other=0.0)
-        tl.store(slopes + tokens, slope * w, mask=tokens < end)
-
-
-@triton.jit
-def _scale_kernel(gradient, scale, num_elements, BLOCK: tl.constexpr):
-    """gradient *= scale, in place; a scale of 1, the usual one, costs a launch and no traffic."""
+def _scale_kernel(first, second, third, scale, first_size, second_size, third_size, BLOCK: tl.constexpr):
+    """Multiply three arrays in place. A scale of 1, the usual one, costs a launch and no traffic."""
     factor = tl.load(scale).to(tl.float32)
     if factor != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(gradient + at, mask=at < num_elements, other=0.0).to(tl.float32) * factor
-        tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=at < num_elements)
+        _scale_array(first, first_size, factor, BLOCK)
+        _scale_array(second, second_size, factor, BLOCK)
+        _scale_array(third, third_size, factor, BLOCK)
+
+
+@triton.jit
+def _scale_array(array, size, factor, BLOCK: tl.constexpr):
+    for block in tl.range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        at = tl.full([], BLOCK, tl.int64) * block + tl.arange(0, BLOCK)
+        value = tl.load(array + at, mask=at < size, other=0.0).to(tl.float32) * factor
+        tl.store(array + at, value.to(array.dtype.element_ty), mask=at < size)
 
 
 # ---- launch configurations -------------------------------------------------------------------------------------
@@ -469,7 +291,7 @@ def token_rewards(
         _rewards_kernel[(triton.cdiv(num_rows, tile.block_n),)](
             head.hidden, head.weight, head.bias, head.index, head.offset, live, out,
             num_rows, head.hidden.stride(0), temperature, clip,
-            H=width, BIAS_PER_ROW=head.bias_per_row, MODE=_MODES[kind], BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
+            H=width, BIAS_PER_ROW=head.bias_per_row, MODE=MODES[kind], BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
             STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
     return out
@@ -524,7 +346,7 @@ def _fused(
         H=width, BIAS_PER_ROW=head.bias_per_row, MODE=mode, BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
         STAGES=tile.num_stages, num_warps=tile.num_warps,
     )  # fmt: skip
-    _finish(head, slopes, gradients, partial_weight, partial_sums, loss if mode <= WGAN else None)
+    _finish(head, slopes, gradients, partial_weight, partial_sums, loss if mode <= WGAN.value else None)
     return loss, logits, gradients, slopes
 
 
@@ -542,25 +364,9 @@ def _finish(
             BLOCK_P=256, BLOCK_H=16, num_warps=4,
         )  # fmt: skip
     if head.index is not None and gradients.d_weight is not None:
-        _scatter(head, slopes, gradients.d_weight, gradients.d_bias if head.bias_per_row else None)
-
-
-def _scatter(head: _Head, slopes: Tensor, d_weight: Tensor, d_bias: Tensor | None) -> None:
-    """d weight[index_t] += slope_t · hidden_t, in the order of the tokens."""
-    num_rows, width = head.hidden.shape
-    keys, order = torch.sort(head.index, stable=True)
-    chunks, block_h = triton.cdiv(num_rows, _RUN_CHUNK), min(1024, max(128, triton.next_power_of_2(width)))
-    head_part, tail_part = torch.empty((2, chunks, width), dtype=torch.float32, device=keys.device).unbind(0)
-    head_bias, tail_bias = torch.empty((2, chunks), dtype=torch.float32, device=keys.device).unbind(0)
-    grid = (chunks, triton.cdiv(width, block_h))
-    _runs_kernel[grid](
-        head.hidden, keys, order, slopes, d_weight, d_bias, head_part, tail_part, head_bias, tail_bias,
-        num_rows, head.hidden.stride(0), width, CHUNK=_RUN_CHUNK, BLOCK_H=block_h, num_warps=4,
-    )  # fmt: skip
-    _join_kernel[grid](
-        keys, d_weight, d_bias, head_part, tail_part, head_bias, tail_bias, num_rows, chunks, width,
-        CHUNK=_RUN_CHUNK, BLOCK_H=block_h, num_warps=4,
-    )  # fmt: skip
+        scatter_rows(
+            head.hidden, head.index, slopes, gradients.d_weight, gradients.d_bias if head.bias_per_row else None
+        )
 
 
 def head_gradients(
@@ -601,7 +407,7 @@ def token_rewards_backward(
         return *head_gradients(slopes, hidden, weight, bias, index, need_hidden, need_weight), slopes
     head = _head(hidden, weight, bias, index, offset)
     _, _, gradients, slopes = _fused(
-        head, _MODES[kind], None, grad.contiguous(), 0.0, temperature, clip, need_hidden, need_weight, tile
+        head, MODES[kind], None, grad.contiguous(), 0.0, temperature, clip, need_hidden, need_weight, tile
     )
     return *gradients.tensors(hidden, weight), slopes
 
@@ -616,12 +422,12 @@ def discriminator_loss(
     if loss != "pairwise" and tile is not None:
         head = _head(hidden, weight, bias, index, offset)
         value, logits, gradients, slopes = _fused(
-            head, _MODES[loss], targets, weights, label_smoothing, 1.0, None, need_hidden, need_weight, tile
+            head, MODES[loss], targets, weights, label_smoothing, 1.0, None, need_hidden, need_weight, tile
         )
         return value, logits, *gradients.tensors(hidden, weight), slopes
     logits = token_rewards(hidden, weight, bias, index, offset, "logit", 1.0, None, live=weights)
     if loss == "pairwise":
-        value, slopes = _pairwise(logits, weights, cu_seqlens.contiguous(), pairs.contiguous(), margin)
+        value, slopes = pairwise(logits, weights, cu_seqlens.contiguous(), pairs.contiguous(), margin)
     else:
         from .token_head import bce_of, wgan_of
 
@@ -631,27 +437,11 @@ def discriminator_loss(
     return value, logits, *head_gradients(slopes, hidden, weight, bias, index, need_hidden, need_weight), slopes
 
 
-def _pairwise(
-    logits: Tensor, weights: Tensor, cu_seqlens: Tensor, pairs: Tensor, margin: float
-) -> tuple[Tensor, Tensor]:
-    sequences = pairs.numel()
-    slopes = torch.zeros_like(logits)
-    if not sequences:
-        return logits.new_zeros(()), slopes
-    score, mass, score_slope = torch.empty((3, sequences), dtype=torch.float32, device=logits.device).unbind(0)
-    blocks = triton.cdiv(sequences, 64)
-    partial_loss = torch.empty(blocks, dtype=torch.float32, device=logits.device)
-    _score_kernel[(sequences,)](logits, weights, cu_seqlens, score, mass, BLOCK=512, num_warps=4)
-    _pair_kernel[(blocks,)](score, mass, pairs, partial_loss, score_slope, sequences, margin, BLOCK=64, num_warps=4)
-    _spread_kernel[(sequences,)](score_slope, weights, cu_seqlens, slopes, BLOCK=512, num_warps=4)
-    return partial_loss.sum(), slopes
-
-
 def scale_gradients_(gradients: list[Tensor], scale: Tensor) -> None:
-    for gradient in gradients:
-        if gradient.numel():
-            grid = (triton.cdiv(gradient.numel(), 4096),)
-            _scale_kernel[grid](gradient, scale, gradient.numel(), BLOCK=4096, num_warps=8)
+    """One launch for d hidden, d weight and d bias; those not needed are empty."""
+    sizes = [gradient.numel() for gradient in gradients]
+    grid = (min(triton.cdiv(max(*sizes, 1), 4096), 8 * num_multiprocessors(scale.device)),)
+    _scale_kernel[grid](*gradients, scale, *sizes, BLOCK=4096, num_warps=8)
 
 
 def shipped_launches() -> dict:
@@ -659,25 +449,30 @@ def shipped_launches() -> dict:
     num_rows, sequences, vocabulary = 32768, 256, 151936
     vector = torch.empty(num_rows, device="meta")
     index = torch.empty(num_rows, dtype=torch.int64, device="meta")
-    cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
-    pairs = torch.empty(sequences, dtype=torch.int64, device="meta")
-    launches = {}
-    for width in (896, 1536, 3584, 4096, 8192):
-        hidden = torch.empty((num_rows, width), dtype=torch.bfloat16, device="meta")
-        dense = torch.empty(width, dtype=torch.bfloat16, device="meta"), torch.empty(1, device="meta"), None, None
-        action = (
-            torch.empty((vocabulary, width), dtype=torch.bfloat16, device="meta"),
-            torch.empty(vocabulary, device="meta"), index, vector,
+    segments = torch.empty(sequences + 1, dtype=torch.int32, device="meta"), index[:sequences]
+
+    def head(width: int, indexed: bool) -> tuple[Tensor | None, ...]:
+        """hidden, weight, bias, index, offset."""
+        hidden, rows = torch.empty((num_rows + vocabulary, width), dtype=torch.bfloat16, device="meta").split(
+            (num_rows, vocabulary)
+        )
+        return (hidden, rows, vector.new_empty(vocabulary), index, vector) if indexed else (
+            hidden, rows[0], vector[:1], None, None
         )  # fmt: skip
-        for name, (weight, bias, rows, offset) in (("linear", dense), ("action", action)):
-            args = (hidden, weight, bias, rows, offset)
-            launches[f"token_rewards {name} H={width}"] = lambda a=args: token_rewards(*a, "gail", 1.0, 5.0)
-            launches[f"token_rewards backward {name} H={width}"] = lambda a=args: token_rewards_backward(
+
+    launches = {}
+    for width, indexed in ((896, False), (1536, False), (3584, False), (4096, False), (8192, False), (896, True),
+                           (4096, True)):  # fmt: skip
+        args = head(width, indexed)
+        name = f"{'action' if indexed else 'linear'} H={width}"
+        for loss in ("bce",) if indexed else ("bce", "pairwise"):
+            launches[f"discriminator_loss {loss} {name}"] = lambda a=args, loss=loss: discriminator_loss(
+                *a[:3], vector, vector, *a[3:], *segments, loss, 0.1, 1.0, True, True
+            )
+        launches[f"token_rewards {name}"] = lambda a=args: token_rewards(*a, "gail", 1.0, 5.0)
+        launches[f"scale_gradients {name}"] = lambda a=args: scale_gradients_(list(a[:3]), vector[0])
+        if width in (896, 4096):
+            launches[f"token_rewards backward {name}"] = lambda a=args: token_rewards_backward(
                 vector, *a, "logd", 1.0, None, True, True
             )
-            for loss in ("bce", "pairwise"):
-                launches[f"discriminator_loss {loss} {name} H={width}"] = lambda a=args, loss=loss: discriminator_loss(
-                    *a[:3], vector, vector, *a[3:], cu_seqlens, pairs, loss, 0.1, 1.0, True, True
-                )
-        launches[f"scale_gradients H={width}"] = lambda h=hidden: scale_gradients_([h], vector[0])
     return launches
