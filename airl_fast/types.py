@@ -64,9 +64,11 @@ class TraceBatch:
     tokens, positions: int64 [N]. cu_seqlens: int32 [S+1], prompt and completion of every sequence.
     loss_rows, labels: int64 [M]. loss_cu_seqlens: int32 [S+1], completions only.
     behaviour_logprobs: f32 [M], the sampler's; NaN where there was no sampler.
-    step_ends: bool [M], true where labels[m] closes a reasoning step (always at a completion's last token).
+    step_ends, block_ends: bool [M], true where labels[m] closes a reasoning step, or the think or answer block; both
+    are true at a completion's last token.
     group, kind: int64 [S]. pair: int64 [S], index of the sequence a perturbed one was made from, -1 otherwise.
-    correct: bool [S]. max_seqlen: longest sequence in tokens.
+    correct: bool [S]. lengths, loss_lengths: the lengths behind the two cu_seqlens, kept on the host so that nothing
+    has to ask the device for them.
     """
 
     tokens: torch.Tensor
@@ -77,11 +79,17 @@ class TraceBatch:
     loss_cu_seqlens: torch.Tensor
     behaviour_logprobs: torch.Tensor
     step_ends: torch.Tensor
+    block_ends: torch.Tensor
     group: torch.Tensor
     kind: torch.Tensor
     pair: torch.Tensor
     correct: torch.Tensor
-    max_seqlen: int
+    lengths: tuple[int, ...]
+    loss_lengths: tuple[int, ...]
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
 
     @property
     def num_sequences(self) -> int:
@@ -90,3 +98,7 @@ class TraceBatch:
     @property
     def num_loss_tokens(self) -> int:
         return self.labels.numel()
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """[S] -> [M]: each sequence's value at each of its loss rows."""
+        return torch.repeat_interleave(values, self.loss_cu_seqlens.diff(), output_size=self.num_loss_tokens)

@@ -18,11 +18,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     "records": {"errors", "types"},
     "services": {"config", "overrides", "checkpoint", "metrics", "progress", "rundir", "doctor"},
-    "tools": {"data", "models", "optim", "pack", "granularity"},
+    "tools": {"device", "data", "models", "optim", "pack", "granularity"},
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
-    "assembly": {"traces", "bridge", "batches", "lab", "warmup", "evaluate", "report"},
+    "assembly": {
+        *("traces", "bridge", "batches", "lab", "warmup", "artifacts", "state", "baselines", "evaluate", "preflight"),
+    },
     "loop": {"train"},
-    "commands": {"cli", "__main__"},
+    "commands": {"run", "cli", "__main__"},
 }
 RANK = {module: rank for rank, layer in enumerate(LAYERS.values()) for module in layer}
 

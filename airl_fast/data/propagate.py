@@ -41,7 +41,7 @@ def propagate_numbers(original: str, change: Perturbation) -> str | None:
     line = change.text.rfind("\n", 0, left) + 1
     pieces, done = [], right
     for match in _TOKEN.finditer(change.text, line):
-        if match.end() <= left or match.end("right") <= right and match["right"]:
+        if match.end() <= left or (match.end("right") <= right and match["right"]):
             continue
         if match["number"] is not None:
             if match.start() >= right:

@@ -1,0 +1,95 @@
+"""Train a run's baselines: the same command line in processes of its own, from the same start policy."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from airl_fast.artifacts import POLICY, START
+from airl_fast.config import Config
+from airl_fast.errors import UserError
+from airl_fast.overrides import deep_merge, plain
+from airl_fast.rundir import write_atomically
+
+_CHANGES: dict[str, dict] = {
+    "sft": {"algorithm": "sft"},
+    "grpo": {"algorithm": "grpo", "policy": {"kl_coef": 0.0}},
+    # AIRL with a discriminator that is never trained: what the machinery does without a learned reward.
+    "random": {"algorithm": "airl", "discriminator": {"updates_per_step": 0, "warmup_steps": 0}},
+}
+
+
+def baseline_config(config: Config, name: str, run: Path) -> Config:
+    """The run's configuration with another source of learning, and the run's start policy in place of its model."""
+    tree = deep_merge(plain(config), _CHANGES[name])
+    tree = deep_merge(tree, config.baseline_overrides.get(name, {}))
+    tree["model"] |= {"path": str((run / START).resolve()), "build": None}
+    tree["warm_start"]["updates"] = 0
+    tree["evaluate"] |= {"baselines": [], "every": 0, "final": False}
+    return Config.model_validate(tree | {"output_dir": str(run / "baselines"), "tensorboard": False, "wandb": False})
+
+
+@contextmanager
+def training(config: Config, run: Path) -> Iterator["Baselines"]:
+    """Baselines train while the block runs, `evaluate.workers` at a time; leaving it by an error ends them."""
+    baselines = Baselines(config, run)
+    try:
+        yield baselines
+    except BaseException:
+        baselines.stop()
+        raise
+    finally:
+        baselines.close()
+
+
+class Baselines:
+    def __init__(self, config: Config, run: Path) -> None:
+        self._config, self._run = config, run
+        self._pool = ThreadPoolExecutor(max(config.evaluate.workers, 1))
+        self._processes: list[subprocess.Popen] = []
+        self._stopped = False
+        self._jobs: dict[str, Future] = {}
+        if config.evaluate.workers:
+            self._submit()
+
+    def wait(self) -> None:
+        """Until every baseline is trained. UserError names the log of one that failed."""
+        self._submit()
+        for name, job in self._jobs.items():
+            if job.result() != 0:
+                raise UserError(f"baseline {name} failed; its log is {self._log(name)}.")
+
+    def stop(self) -> None:
+        self._stopped = True
+        for process in self._processes:
+            process.terminate()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self) -> None:
+        for name in self._config.evaluate.baselines:
+            done = (self._run / "baselines" / name / POLICY).is_dir()
+            if name not in self._jobs and not done:
+                self._jobs[name] = self._pool.submit(self._train, name)
+
+    def _train(self, name: str) -> int:
+        if self._stopped:
+            return 1
+        folder = self._run / "baselines"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{name}.yaml"
+        text = yaml.safe_dump(plain(baseline_config(self._config, name, self._run)), sort_keys=False)
+        write_atomically(file, text)
+        command = [sys.executable, "-m", "airl_fast", "train", str(file), "--run-name", name, "--resume", "auto"]
+        with self._log(name).open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self._processes.append(process)
+            return process.wait()
+
+    def _log(self, name: str) -> Path:
+        return self._run / "baselines" / f"{name}.log"

@@ -1,0 +1,54 @@
+"""Between the policy's tokens and the discriminator's. With one tokenizer there is nothing to do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from airl_fast.data.chat import ChatFormat
+from airl_fast.data.spans import concat_span_maps, map_rewards, span_map
+from airl_fast.pack import pack
+from airl_fast.traces import TraceMaker
+from airl_fast.types import Example, Trace, TraceBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bridge:
+    """maker: of the policy's traces. chat: the discriminator's format, None when both share a tokenizer.
+
+    Rewards come back to a policy token as the mean over the characters it shares with discriminator tokens, so they
+    keep the scale of log-odds.
+    """
+
+    maker: TraceMaker
+    chat: ChatFormat | None
+    device: torch.device
+
+    def pack(self, traces: Sequence[Trace], examples: Sequence[Example]) -> TraceBatch:
+        """The traces as the discriminator reads them. examples: the batch's prompts, indexed by a trace's group."""
+        if self.chat is None:
+            return pack(traces, self.device, self.maker.training_boundaries)
+        maker = replace(self.maker, chat=self.chat)
+        return pack([self._own(trace, examples) for trace in traces], self.device, maker.training_boundaries)
+
+    def to_policy(self, rewards: torch.Tensor, traces: Sequence[Trace], examples: Sequence[Example]) -> torch.Tensor:
+        """Rewards of the packed traces, f32 [M'] on the discriminator's tokens -> f32 [M] on the policy's."""
+        if self.chat is None:
+            return rewards
+        own = [self._own(trace, examples) for trace in traces]
+        maps = [
+            span_map(
+                self.chat.token_char_spans(mine.text, mine.tokens),
+                self.maker.chat.token_char_spans(trace.text, trace.tokens),
+            )
+            for mine, trace in zip(own, traces, strict=True)
+        ]
+        lengths = [len(trace.tokens) for trace in traces]
+        joined = concat_span_maps(maps, [len(mine.tokens) for mine in own], lengths)
+        return map_rewards(rewards, joined.to(rewards.device), sum(lengths))
+
+    def _own(self, trace: Trace, examples: Sequence[Example]) -> Trace:
+        """The trace in the discriminator's tokens; the sampler's log-probabilities do not carry over."""
+        prompt = self.chat.prompt_tokens(examples[trace.group].prompt, self.maker.system)
+        tokens = self.chat.completion_tokens(trace.text, trace.finished)
+        return replace(trace, prompt_tokens=tuple(prompt), tokens=tuple(tokens), logprobs=None)

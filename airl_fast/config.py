@@ -1,0 +1,194 @@
+"""The one configuration: typed, frozen, validated. A preset is a YAML file of these keys; docs/config.md lists them.
+
+Every default is the paper's (arXiv 2510.01857, section 4 and appendix) unless the field's comment says otherwise.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Which prompts, and which of them come with a demonstration."""
+
+    task: str = "arithmetic"
+    path: str | None = None  # folder of the published files, or the JSON Lines file of task jsonl
+    options: dict[str, int | float | str | bool | None] = {}  # keyword arguments of the task itself
+    num_experts: Positive | None = None  # demonstrations used; None takes all
+    num_dev: Positive = 96
+    failing_experts: Literal["keep", "drop", "error"] = "drop"  # an expert whose answer fails its own verifier
+    system: str | None = None  # system message put before every prompt
+
+
+class BuildConfig(Section):
+    """A Qwen2 (or Llama) model and a byte-level BPE tokenizer made here, from the task's own text."""
+
+    architecture: Literal["qwen2", "llama"] = "qwen2"
+    vocab_size: Annotated[int, Field(ge=300)] = 384
+    hidden_size: Positive = 64
+    layers: Positive = 3
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    intermediate_size: Positive = 192
+    max_length: Positive = 256
+
+
+class ModelConfig(Section):
+    path: str | None = None  # a local Hugging Face directory: config, weights, fast tokenizer
+    build: BuildConfig | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # a Jinja template used when the tokenizer brings none
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.build is None):
+            raise ValueError("set exactly one of model.path (a local model directory) and model.build")
+        return self
+
+
+class WarmStartConfig(Section):
+    """Supervised steps before anything else, on the task's `warmstart` split. 0 updates starts from the model as is."""
+
+    updates: Count = 0
+    batch_size: Positive = 48
+    learning_rate: Rate = 5e-3
+    examples: Positive = 30_000
+
+
+class OptimConfig(Section):
+    learning_rate: Rate = 1e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Fraction = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: Rate = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    tokens_per_micro_batch: Positive = 65_536  # padded tokens of one forward; larger batches accumulate gradients
+
+
+class PolicyConfig(Section):
+    optim: OptimConfig = OptimConfig()
+    epochs: Positive = 1  # PPO passes over one batch
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    kl_coef: Rate = 0.0  # weight of KL(policy || start policy), k3 estimator in the loss
+    expert_in_policy: Literal["none", "one", "balanced"] = "one"
+
+
+class DiscriminatorConfig(Section):
+    path: str = "policy"  # "policy" copies the start policy's backbone; else a local model directory
+    head: Literal["linear", "action", "logprob"] = "linear"
+    action_rank: Count = 0  # 0: a full [V, H] table; r > 0: U[y] = A E[y] of rank r over the token embedding
+    loss: Literal["bce", "wgan", "pairwise"] = "bce"
+    lipschitz: Literal["gradient_penalty", "spectral_norm"] | None = None  # WGAN needs one
+    penalty_coef: Rate = 10.0
+    margin: Rate = 1.0  # pairwise loss
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    neg_weight: Rate = 1.0  # weight of perturbed traces among the negatives
+    perturbed_per_expert: Count = 1
+    perturbed_per_prompt: Count = 0  # perturbed copies of policy traces, per prompt
+    propagate: Fraction = 0.5  # share of perturbations whose error is carried through the later steps
+    positives: Literal["expert", "expert_and_correct"] = "expert"
+    replay_size: Count = 0  # old policy traces kept as negatives, in sequences
+    replay_per_prompt: Count = 1
+    warmup_steps: Count = 0  # discriminator updates before the first policy update
+    warmup_learning_rate: Rate | None = None
+    warmup_prompts: Positive = 256  # prompts the start policy is sampled on for the warm-up
+    warmup_samples: Positive = 2
+    warmup_batch: Positive = 16  # prompts per warm-up update
+    updates_per_step: Count = 1  # 0 freezes it: an untrained reward, the control
+    head_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _wgan_is_lipschitz(self):
+        if self.loss == "wgan" and self.lipschitz is None:
+            raise ValueError("discriminator.loss=wgan needs discriminator.lipschitz=gradient_penalty or spectral_norm")
+        return self
+
+
+class RewardConfig(Section):
+    kind: Literal["logit", "gail", "logd"] = "logit"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    clip: Annotated[float, Field(gt=0)] | None = None
+    granularity: Literal["dense", "interval", "sparse", "multiscale"] = "dense"
+    interval: Count = 0  # 0: the task's step ends; n: every n tokens
+    scale_weights: tuple[Rate, Rate, Rate] = (1.0, 1.0, 1.0)  # multiscale: step, think/answer block, trace
+    score_before_update: bool = False
+    outcome_weight: Rate = 0.0  # adds weight * correct to the last token's reward
+
+
+class AdvantageConfig(Section):
+    mode: Literal["discounted", "average", "leave_one_out"] = "discounted"
+    gamma: Fraction = 0.9
+    eps: Rate = 1e-6
+    min_std: Rate = 0.0  # floor under the group's standard deviation
+    position_baseline: bool = False  # subtract the group's mean advantage at the same completion position
+    normalise: bool = False  # divide a batch's advantages by their root mean square
+
+
+class RolloutConfig(Section):
+    engine: Literal["builtin"] = "builtin"
+    prompts_per_step: Positive = 16
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 16
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 256
+    batch_size: Positive = 2048  # sequences decoded at once
+
+
+class EvaluateConfig(Section):
+    prompts: Positive = 96
+    samples: Positive = 16
+    final: bool = True  # evaluate at the end of the run and write summary.json
+    every: Count = 0  # dev pass@1 every n steps; 0 never
+    baselines: tuple[Literal["sft", "grpo", "random"], ...] = ()
+    workers: Count = 1  # processes that train the baselines beside the run; 0 trains them after it
+    scorer: Literal["answer", "mean", "min_step", "last"] = "answer"  # of a trace, from its token rewards
+    localise: Literal["largest_drop", "argmin", "first_below"] = "largest_drop"
+    step_score: Literal["mean", "min"] = "mean"  # of a step, from its tokens: for localisation and min_step
+
+
+class GrpoConfig(Section):
+    """Verifiable rewards of the GRPO baseline: one number a trace, added up with these weights."""
+
+    correct: Rate = 1.0
+    strict_format: Rate = 0.0
+    soft_format: Rate = 0.0
+    xml_count: Rate = 0.0
+    integer: Rate = 0.0
+
+
+class Config(Section):
+    algorithm: Literal["airl", "sft", "grpo"] = "airl"
+    seed: Count = 0
+    steps: Positive = 500
+    device: str = "auto"
+    threads: Count = 0  # torch threads; 0 leaves torch's choice
+    output_dir: str = "runs"
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    warm_start: WarmStartConfig = WarmStartConfig()
+    policy: PolicyConfig = PolicyConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    baseline_overrides: dict[Literal["sft", "grpo", "random"], dict[str, Any]] = {}  # keys a baseline sets differently
+    checkpoint_every: Count = 50
+    keep_checkpoints: Positive = 2
+    save_rollouts_every: Count = 1
+    max_bad_steps: Positive = 3  # non-finite steps in a row before the run stops
+    tensorboard: bool = True
+    wandb: bool = False

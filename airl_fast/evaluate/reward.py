@@ -1,0 +1,160 @@
+"""What a reward is worth on traces it did not train on: reranking, correctness and the first wrong step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from airl_fast.batches import expert_traces, perturbed_traces
+from airl_fast.bridge import Bridge
+from airl_fast.data.task import LocatesErrors
+from airl_fast.discriminator import Discriminator
+from airl_fast.evaluate.correlate import within_prompt_auroc
+from airl_fast.evaluate.localise import (
+    StepScores,
+    TokenValues,
+    calibrate_threshold,
+    chance_hits,
+    step_of_token,
+    step_scores,
+    summarise_hits,
+    suspicion,
+    trace_hits,
+)
+from airl_fast.evaluate.passk import Estimate
+from airl_fast.evaluate.policies import Samples
+from airl_fast.evaluate.rerank import answer_classes, rerank, trace_scores
+from airl_fast.lab import Lab
+from airl_fast.models.forward import token_logprobs
+from airl_fast.pack import micro_batches, pack
+from airl_fast.types import Example, Trace
+
+_CALIBRATION_STEP = -1  # a step no training step has: its draws are its own
+_RULES = ("largest_drop", "argmin", "first_below")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardReport:
+    """rerank: pass@1 after picking one of the samples, by scorer. localise: Hit@1, by rule and baseline.
+
+    located: how many traces with a known first wrong step stand behind it.
+    """
+
+    rerank: dict[str, Estimate]
+    auroc_within_prompt: Estimate | None
+    localise: dict[str, Estimate]
+    located: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scored:
+    """Traces with two numbers per token: the reward, and the start policy's log-probability."""
+
+    traces: Sequence[Trace]
+    reward: TokenValues
+    logprob: TokenValues
+
+
+def evaluate_reward(lab: Lab, model: Discriminator, bridge: Bridge, samples: Samples) -> RewardReport:
+    """Score the samples of one policy; labels are read only after every score is known."""
+    settings = lab.config.evaluate
+    gamma, shape = lab.config.advantage.gamma, samples.correct.shape
+    scored = _score(lab, model, bridge, samples.traces, samples.examples)
+    scores = {
+        name: trace_scores(scored.reward, scorer, gamma=gamma, step_rule=settings.step_score).reshape(shape)
+        for name, scorer in {
+            "reward": settings.scorer,
+            **{f"reward_{s}": s for s in _other_scorers(settings.scorer)},
+        }.items()
+    }
+    scores["logprob"] = trace_scores(scored.logprob, "mean").reshape(shape)
+    task = lab.material.task
+    answers = [task.canonical_answer(samples.examples[t.group], t.text) for t in samples.traces]
+    rows = [answers[i : i + samples.per_prompt] for i in range(0, len(answers), samples.per_prompt)]
+    picked = rerank(samples.correct, scores, classes=answer_classes(rows))
+    auroc = within_prompt_auroc(scores["reward"].ravel(), samples.correct.ravel(), samples.prompts)
+    localised, located = _localise(lab, model, bridge, samples, scored)
+    return RewardReport(
+        rerank=dict(picked.estimates), auroc_within_prompt=auroc.estimate, localise=localised, located=located
+    )
+
+
+def _localise(
+    lab: Lab, model: Discriminator, bridge: Bridge, samples: Samples, scored: _Scored
+) -> tuple[dict[str, Estimate], int]:
+    """Hit@1 on the policy's own errors where the task knows them, else on perturbed demonstrations of the prompts."""
+    settings, task = lab.config.evaluate, lab.material.task
+    calibration = _perturbed(lab, lab.material.train[: settings.prompts], model, bridge)
+    if isinstance(task, LocatesErrors):
+        wrong = [task.first_wrong_step(samples.examples[t.group], t.text) for t in samples.traces]
+        truth = np.array([-1 if step is None else step for step in wrong])
+        prompts = samples.prompts
+    else:
+        with_expert = [example for example in samples.examples if example.expert is not None]
+        if not with_expert:
+            return {}, 0
+        scored = _perturbed(lab, with_expert, model, bridge)
+        truth, prompts = _changed_steps(lab, scored), np.array([t.group for t in scored.traces])
+    known = _changed_steps(lab, calibration)
+    found: dict[str, Estimate] = {}
+    hits = None
+    for name in ("reward", "logprob"):
+        steps = step_scores(getattr(scored, name), settings.step_score)
+        threshold = calibrate_threshold(step_scores(getattr(calibration, name), settings.step_score), known)
+        for rule in _RULES:
+            hits = trace_hits(steps, suspicion(steps, rule, threshold), truth)
+            if not len(hits.rows):
+                return {}, 0
+            key = name if rule == settings.localise else f"{name}_{rule}"
+            found[key] = summarise_hits(hits, prompts=prompts[hits.rows]).hit_at_1
+    found["chance"] = _chance(step_scores(scored.reward, settings.step_score), truth, prompts)
+    return found, len(hits.rows)
+
+
+def _chance(steps: StepScores, truth: np.ndarray, prompts: np.ndarray) -> Estimate:
+    hits = chance_hits(steps, truth)
+    return summarise_hits(hits, prompts=prompts[hits.rows]).hit_at_1
+
+
+def _perturbed(lab: Lab, examples: Sequence[Example], model: Discriminator, bridge: Bridge) -> _Scored:
+    known = expert_traces(lab, examples)
+    traces = perturbed_traces(lab, examples, known, _CALIBRATION_STEP)
+    return _score(lab, model, bridge, traces, examples)
+
+
+def _changed_steps(lab: Lab, scored: _Scored) -> np.ndarray:
+    """The step that holds the first perturbed character of each trace."""
+    tokens = []
+    for trace in scored.traces:
+        spans = lab.maker.chat.token_char_spans(trace.text, trace.tokens)
+        tokens.append(next(i for i, (_, end) in enumerate(spans) if end > trace.first_changed or i == len(spans) - 1))
+    return step_of_token(scored.reward, np.array(tokens))
+
+
+@torch.no_grad()
+def _score(
+    lab: Lab, model: Discriminator, bridge: Bridge, traces: Sequence[Trace], examples: Sequence[Example]
+) -> _Scored:
+    device = lab.policy.lm.device
+    batch = pack(traces, device, lab.maker.boundaries)
+    judged = bridge.pack(traces, examples)
+    rewards = bridge.to_policy(model.logits(judged), traces, examples)
+    logprobs = torch.empty_like(rewards)
+    for part, index in micro_batches(batch, 2 * lab.config.policy.optim.tokens_per_micro_batch):
+        logprobs[index] = token_logprobs(lab.start, part)
+    offsets = np.concatenate([[0], np.cumsum(batch.loss_lengths)])
+    ends = batch.step_ends.cpu().numpy()
+    answers = np.zeros(batch.num_loss_tokens, dtype=bool)
+    for start, trace in zip(offsets, traces, strict=False):
+        inside = lab.maker.answer_tokens(trace)
+        answers[start + inside.start : start + inside.stop] = True
+
+    def values(tensor: torch.Tensor) -> TokenValues:
+        return TokenValues(values=tensor.double().cpu().numpy(), offsets=offsets, step_ends=ends, answer_mask=answers)
+
+    return _Scored(traces=traces, reward=values(rewards), logprob=values(logprobs))
+
+
+def _other_scorers(chosen: str) -> list[str]:
+    return [scorer for scorer in ("answer", "mean", "min_step", "last") if scorer != chosen]

@@ -1,0 +1,178 @@
+"""Everything one run works with, built from its configuration: task, prompts, models and optimisers."""
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from airl_fast.bridge import Bridge
+from airl_fast.config import Config
+from airl_fast.data.chat import ChatFormat
+from airl_fast.data.task import Task, check_experts, make_task
+from airl_fast.discriminator import Discriminator
+from airl_fast.errors import UserError
+from airl_fast.models.build import build_model, build_tokenizer
+from airl_fast.models.heads import make_head
+from airl_fast.models.load import LanguageModel, load_language_model, wrap
+from airl_fast.optim import Optimiser, make_optimiser
+from airl_fast.policy import Policy
+from airl_fast.rollout.builtin import SamplingParams
+from airl_fast.traces import TraceMaker
+from airl_fast.types import Example
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What a run reads. train: prompts with a demonstration. dev: prompts watched during training."""
+
+    task: Task
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """The discriminator with its optimiser and its way to and from the policy's tokens."""
+
+    model: Discriminator
+    optimiser: Optimiser
+    bridge: Bridge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lab:
+    """start: the frozen start policy. reward: None unless the algorithm is AIRL."""
+
+    config: Config
+    material: Material
+    maker: TraceMaker
+    policy: Policy
+    start: LanguageModel
+    reward: Reward | None
+
+    def sampling(self, step: int, purpose: str = "rollout") -> SamplingParams:
+        """Parameters of the step's rollout. All draws of a run come from its seed, the step and their purpose, so
+        a resumed run needs no generator state to repeat them."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_new_tokens=rollout.max_new_tokens,
+            end_token=self.maker.chat.end_of_turn,
+            seed=self.rng(step, purpose).getrandbits(63),
+            batch_size=rollout.batch_size,
+        )
+
+    def rng(self, step: int, purpose: str) -> random.Random:
+        return random.Random(f"{self.config.seed}/{purpose}/{step}")
+
+    def prompts(self, step: int, count: int | None = None) -> list[Example]:
+        """The training prompts of a step (from 1): consecutive slices of a fresh shuffle in every epoch."""
+        count = self.config.rollout.prompts_per_step if count is None else count
+        train, chosen, position = self.material.train, [], (step - 1) * count
+        while len(chosen) < count:
+            epoch, offset = divmod(position + len(chosen), len(train))
+            order = list(range(len(train)))
+            self.rng(epoch, "prompts").shuffle(order)
+            chosen += [train[i] for i in order[offset : offset + count - len(chosen)]]
+        return chosen
+
+
+def load_material(config: Config, say: Say = lambda text: None) -> Material:
+    task = make_task(config.data.task, path=config.data.path, seed=config.seed, **config.data.options)
+    train = [example for example in task.load("train") if example.expert is not None]
+    report = check_experts(task, train, config.data.failing_experts)
+    if report.failed:
+        verb = {"keep": "kept", "drop": "dropped"}[config.data.failing_experts]
+        say(f"{report}; {verb} (data.failing_experts)")
+    train = list(report.kept)
+    random.Random(f"{config.seed}/experts").shuffle(train)
+    train = train[: config.data.num_experts]
+    if not train:
+        raise UserError(
+            f"data.task={config.data.task}: no training prompt has a usable demonstration; check data.path."
+        )
+    return Material(task=task, train=tuple(train), dev=tuple(task.load("dev", config.data.num_dev)))
+
+
+def make_start_model(config: Config, task: Task, device: torch.device) -> LanguageModel:
+    """The policy before any training: a local directory, or a model and tokenizer built from the task's text."""
+    if config.model.path is not None:
+        return load_language_model(config.model, device)
+    examples = task.load("warmstart", min(config.warm_start.examples, 5000))
+    texts = [text for example in examples for text in (example.prompt, example.expert) if text is not None]
+    tokenizer = build_tokenizer(texts, config.model.build)
+    model = build_model(config.model.build, tokenizer, config.seed)
+    return wrap(model.to(device, getattr(torch, config.model.dtype)), tokenizer)
+
+
+def make_maker(config: Config, task: Task, lm: LanguageModel) -> TraceMaker:
+    system = config.data.system if config.data.system is not None else task.system
+    chat = ChatFormat.from_tokenizer(lm.tokenizer)
+    return TraceMaker(task=task, chat=chat, reward=config.reward, system=system)
+
+
+def make_lab(config: Config, material: Material, start: LanguageModel, device: torch.device) -> Lab:
+    """Assemble a run around a start policy, which stays as it is: the trained policy is a copy of it."""
+    maker = make_maker(config, material.task, start)
+    check_lengths(config, maker, material, start)
+    policy_lm = replace(start, model=copy.deepcopy(start.model))
+    start.model.requires_grad_(False)
+    reference = start if config.policy.kl_coef > 0 else None
+    updates = config.steps * (1 if config.algorithm == "sft" else config.policy.epochs)
+    policy = Policy(
+        lm=policy_lm,
+        optimiser=make_optimiser([(policy_lm.model.parameters(), 1.0)], config.policy.optim, updates),
+        config=config.policy,
+        temperature=config.rollout.temperature,
+        reference=reference,
+    )
+    reward = make_reward(config, maker, start, device) if config.algorithm == "airl" else None
+    return Lab(config=config, material=material, maker=maker, policy=policy, start=start, reward=reward)
+
+
+def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device: torch.device) -> Reward:
+    discriminator, settings = config.discriminator, config.model
+    if discriminator.path == "policy":
+        own, chat = replace(start, model=copy.deepcopy(start.model)), None
+    else:
+        settings = settings.model_copy(update={"path": discriminator.path, "build": None})
+        own = load_language_model(settings, device, key="discriminator.path")
+        same = own.tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
+        chat = None if same else ChatFormat.from_tokenizer(own.tokenizer)
+    if chat is not None and discriminator.head == "logprob":
+        raise UserError(
+            "discriminator.head=logprob reads the start policy's log-probabilities, so discriminator.path must share "
+            "the policy's tokenizer; choose head=linear or head=action."
+        )
+    backbone = own.model.base_model.requires_grad_(True)
+    torch.manual_seed(config.seed)
+    head = make_head(discriminator.head, backbone, discriminator.action_rank).to(device)
+    model = Discriminator(backbone, head, discriminator, config.reward, start)
+    updates = config.steps * max(discriminator.updates_per_step, 1)
+    groups = [(backbone.parameters(), 1.0), (head.parameters(), discriminator.head_lr_scale)]
+    return Reward(
+        model=model,
+        optimiser=make_optimiser(groups, discriminator.optim, updates),
+        bridge=Bridge(maker=maker, chat=chat, device=device),
+    )
+
+
+def check_lengths(config: Config, maker: TraceMaker, material: Material, lm: LanguageModel) -> None:
+    """Prompts, demonstrations and samples must fit the model's context."""
+    for example in (*material.train, *material.dev):
+        prompt = len(maker.prompt_tokens(example))
+        if prompt + config.rollout.max_new_tokens > lm.max_length:
+            raise UserError(
+                f"prompt {example.id} has {prompt} tokens, and with rollout.max_new_tokens={config.rollout.max_new_tokens} "
+                f"it exceeds the model's context of {lm.max_length}; lower rollout.max_new_tokens or drop that prompt."
+            )
+        if example.expert is not None and (total := prompt + len(maker.expert(example, 0).tokens)) > lm.max_length:
+            raise UserError(
+                f"the demonstration of prompt {example.id} has {total} tokens with its prompt, more than the model's "
+                f"context of {lm.max_length}; shorten it or drop it from the data."
+            )

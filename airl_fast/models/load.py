@@ -1,0 +1,112 @@
+"""Load a local Hugging Face model directory, and say in one sentence what is wrong with one that does not load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from airl_fast.config import ModelConfig
+from airl_fast.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModel:
+    """A causal LM, its tokenizer and the facts of its output head that the log-probability ops need."""
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    softcap: float | None
+    logit_scale: float
+    max_length: int
+
+    @property
+    def head(self) -> torch.nn.Module:
+        return self.model.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_output_embeddings().weight.device
+
+
+def check_directory(path: str, key: str) -> Path:
+    """Refuse a directory that transformers could only meet with a traceback. `key` names the setting at fault."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{key}: no model directory at {path}; give a local Hugging Face directory.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: {path} has no config.json; give the directory that `save_pretrained` wrote.")
+    if not any(folder.glob("*.safetensors")):
+        hint = " (pickled *.bin weights are not read; convert them)" if any(folder.glob("*.bin")) else ""
+        raise UserError(f"{key}: {path} has no *.safetensors weights{hint}; save the model as safetensors.")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{key}: {path} has no tokenizer.json; save the model's fast tokenizer beside its weights.")
+    return folder
+
+
+def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever its file formats raise
+        raise UserError(
+            f"{key}: the tokenizer in {folder} does not load ({_first_line(error)}); save it again."
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{key}: the tokenizer in {folder} is not a fast tokenizer; save its tokenizer.json.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(folder: Path, key: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> torch.nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above: a damaged file raises a dozen types
+        raise UserError(f"{key}: the model in {folder} does not load ({_first_line(error)}); save it again.") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])[0]
+        raise UserError(f"{key}: the weights in {folder} lack {missing}; save the whole model again.")
+    return model
+
+
+def load_language_model(config: ModelConfig, device: torch.device, *, key: str = "model.path") -> LanguageModel:
+    folder = check_directory(config.path, key)
+    tokenizer = load_tokenizer(folder, key, trust_remote_code=config.trust_remote_code)
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    if tokenizer.chat_template is None:
+        raise UserError(f"{key}: the tokenizer in {folder} has no chat template; set model.chat_template.")
+    model = load_causal_lm(folder, key, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
+    return wrap(model.to(device), tokenizer)
+
+
+def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
+    """Read from the model's config what happens between its last hidden state and its logits."""
+    text = model.config.get_text_config()
+    scale = 1.0
+    if getattr(text, "logit_scale", None) is not None:  # Cohere multiplies
+        scale = float(text.logit_scale)
+    elif getattr(text, "logits_scaling", None) is not None:  # Granite divides
+        scale = 1.0 / float(text.logits_scaling)
+    model.eval()  # no dropout anywhere: the ratio to the sampler's log-probabilities must be exact
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        softcap=getattr(text, "final_logit_softcapping", None),
+        logit_scale=scale,
+        max_length=int(text.max_position_embeddings),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

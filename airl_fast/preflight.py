@@ -1,0 +1,63 @@
+"""Look before training: `--dry-run`, and `airl-fast make-model`."""
+
+from pathlib import Path
+
+from airl_fast.artifacts import save_policy
+from airl_fast.config import Config
+from airl_fast.device import pick_device
+from airl_fast.errors import UserError
+from airl_fast.lab import Lab, load_material, make_lab, make_start_model
+
+
+def dry_run(config: Config) -> str:
+    """Load the data, build or load the models and check every length, without training. Returns what was found."""
+    notes: list[str] = []
+    device = pick_device(config)
+    material = load_material(config, notes.append)
+    lab = make_lab(config, material, make_start_model(config, material.task, device), device)
+    prompt_lengths = [len(lab.maker.prompt_tokens(example)) for example in material.train]
+    expert_lengths = [len(lab.maker.expert(example, 0).tokens) for example in material.train]
+    per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    lines = [
+        f"algorithm       {config.algorithm}, {config.steps} steps, seed {config.seed}, device {device}",
+        f"task            {material.task.name}: {len(material.train)} prompts with demonstrations, {len(material.dev)} dev",
+        f"prompt          {_range(prompt_lengths)} tokens",
+        f"demonstration   {_range(expert_lengths)} tokens",
+        f"policy          {_describe(lab.policy.lm.model)}, context {lab.policy.lm.max_length}",
+        *_reward_lines(lab),
+        f"samples a step  {per_step} of at most {config.rollout.max_new_tokens} tokens",
+        *notes,
+        "dry run: configuration, data and models fit together; nothing was written.",
+    ]
+    return "\n".join(lines)
+
+
+def make_model(config: Config, directory: Path) -> str:
+    """Write the model and tokenizer that a preset would build, untrained, as a Hugging Face directory."""
+    if config.model.build is None:
+        raise UserError(
+            "make-model: this configuration loads model.path and builds nothing; give one with model.build."
+        )
+    if directory.exists():
+        raise UserError(f"make-model: {directory} exists; choose another directory with -o.")
+    material = load_material(config)
+    lm = make_start_model(config, material.task, pick_device(config))
+    save_policy(lm, directory)
+    return f"{_describe(lm.model)} and a tokenizer of {len(lm.tokenizer)} tokens written to {directory}"
+
+
+def _reward_lines(lab: Lab) -> list[str]:
+    if lab.reward is None:
+        return []
+    kind = lab.config.discriminator.head
+    shared = "the policy's tokenizer" if lab.reward.bridge.chat is None else "a tokenizer of its own"
+    return [f"discriminator   {_describe(lab.reward.model.backbone)}, {kind} head, {shared}"]
+
+
+def _describe(model) -> str:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{type(model).__name__} of {parameters / 1e6:.2f}M parameters"
+
+
+def _range(lengths: list[int]) -> str:
+    return f"{min(lengths)} to {max(lengths)}"

@@ -1,0 +1,122 @@
+"""The built-in sampler: batched decoding with a KV cache, for small models and machines without vLLM.
+
+It keeps the log-probability of every sampled token under exactly the distribution it was drawn from (after
+temperature and top-p), which PPO needs as log π_old.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from airl_fast.models.load import LanguageModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """tokens: completion ids, end-of-turn last when `finished`. logprobs: one a token."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """temperature 0 is greedy. seed: the draws depend on it, the weights and the prompts alone."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    end_token: int
+    seed: int
+    batch_size: int
+
+
+@torch.no_grad()
+def sample(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], per_prompt: int, params: SamplingParams
+) -> list[list[Sample]]:
+    """`per_prompt` samples of each prompt, grouped by prompt, in the order given."""
+    generator = torch.Generator(device=lm.device).manual_seed(params.seed)
+    rows = [list(prompt) for prompt in prompts for _ in range(per_prompt)]
+    # Equal lengths together: less padding, and the order given is restored afterwards.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    samples: list[Sample | None] = [None] * len(rows)
+    for begin in range(0, len(order), params.batch_size):
+        chosen = order[begin : begin + params.batch_size]
+        for i, drawn in zip(chosen, _decode(lm, [rows[i] for i in chosen], params, generator), strict=True):
+            samples[i] = drawn
+    return [samples[i : i + per_prompt] for i in range(0, len(samples), per_prompt)]
+
+
+def _decode(
+    lm: LanguageModel, prompts: list[list[int]], params: SamplingParams, generator: torch.Generator
+) -> list[Sample]:
+    width = max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for i, prompt in enumerate(prompts):  # padded on the left, so that all rows end at the same column
+        tokens[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    tokens, mask = tokens.to(lm.device), mask.to(lm.device)
+    padded = bool((mask == 0).any())
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache(config=lm.model.config)
+    alive = torch.arange(len(prompts), device=lm.device)  # rows still being decoded; finished ones leave the cache
+    drawn: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    for step in range(params.max_new_tokens):
+        output = lm.model(
+            input_ids=tokens,
+            attention_mask=mask if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chosen, chosen_logprobs = choose(output.logits[:, -1].float(), params.temperature, params.top_p, generator)
+        ended = chosen == params.end_token
+        for row, token, logprob, end in zip(
+            alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), ended.tolist(), strict=True
+        ):
+            drawn[row].append(token)
+            logprobs[row].append(logprob)
+            finished[row] = end
+        if step + 1 == params.max_new_tokens:
+            break
+        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if bool(ended.any()):
+            keep = (~ended).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            cache.batch_select_indices(keep)
+            tokens, positions, mask, alive = tokens[keep], positions[keep], mask[keep], alive[keep]
+    return [
+        Sample(tokens=tuple(t), logprobs=tuple(p), finished=f)
+        for t, p, f in zip(drawn, logprobs, finished, strict=True)
+    ]
+
+
+def choose(
+    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row from f32 logits [R, V]; returns ids int64 [R] and their log-probabilities f32 [R].
+
+    Nucleus sampling (Holtzman et al. 2020): the fewest tokens whose probability reaches top_p, renormalised.
+    """
+    if temperature == 0:
+        ids = logits.argmax(-1)
+        return ids, torch.zeros_like(logits[:, 0])  # the distribution is a point
+    logits = logits / temperature
+    if top_p < 1:
+        ordered, index = logits.sort(-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        outside = probabilities.cumsum(-1) - probabilities >= top_p  # mass before this token already suffices
+        logits = logits.scatter(-1, index, ordered.masked_fill(outside, float("-inf")))
+    logprobs = logits.log_softmax(-1)
+    ids = torch.multinomial(logprobs.exp(), 1, generator=generator)
+    return ids[:, 0], logprobs.gather(-1, ids)[:, 0]

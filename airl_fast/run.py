@@ -1,0 +1,190 @@
+"""One run from its configuration to its summary: `airl-fast train`."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from airl_fast import baselines
+from airl_fast.artifacts import POLICY, REWARD, START, load_policy, save_policy, save_reward
+from airl_fast.batches import Replay, rollout_stats, sample_traces
+from airl_fast.checkpoint import SignalGuard
+from airl_fast.config import Config
+from airl_fast.device import ops_backend, pick_device
+from airl_fast.errors import UserError
+from airl_fast.evaluate.final import final_summary
+from airl_fast.evaluate.plots import plot_run
+from airl_fast.evaluate.summary import Summary, write_summary
+from airl_fast.lab import Lab, load_material, make_lab, make_start_model
+from airl_fast.metrics import Metrics
+from airl_fast.overrides import plain
+from airl_fast.progress import Progress
+from airl_fast.rundir import RunDir
+from airl_fast.state import load_state, save_state
+from airl_fast.train import StepResult, fit
+from airl_fast.warmup import warm_start, warm_up_discriminator
+
+# Keys that do not change what a run computes, so that a resumed run may differ in them.
+CHANGEABLE = ("checkpoint_every", "keep_checkpoints", "save_rollouts_every", "tensorboard", "wandb", "output_dir")
+
+# What the live display shows of a step, under the names it shows.
+SHOWN = {
+    "discriminator/reward_gap": "reward gap",
+    "discriminator/accuracy": "D accuracy",
+    "rollout/sample_pass_at_1": "pass@1",
+    "policy/entropy": "entropy",
+    "policy/mismatch_kl": "mismatch KL",
+    "rollout/mean_length": "length",
+    "rollout/truncated": "truncated",
+    "policy/loss": "loss",
+    "dev_pass_at_1": "dev pass@1",
+    "tokens_per_s": "tokens/s",
+    "seconds/step": "seconds",
+    "eta_s": "eta_s",
+}
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+def train_run(
+    config: Config, name: str, *, resume: str = "never", say: Callable[[str], None] = print
+) -> Summary | None:
+    """Train, save and evaluate; everything goes to `output_dir/name`. Returns the summary, None without evaluation."""
+    began = time.monotonic()
+    device = pick_device(config)
+    material = load_material(config, say)
+    run = RunDir.create(
+        config.output_dir, name, config=plain(config), resume=resume, changeable=CHANGEABLE, device=str(device), say=say
+    )
+    with Progress(config.steps, name) as progress, SignalGuard() as guard:
+        progress.message(f"device {device}, {torch.get_num_threads()} threads, ops on {ops_backend(device)}, "
+                         f"attention by torch SDPA, sampler {config.rollout.engine}")  # fmt: skip
+        start = _start_policy(config, material.task, run.path, device, progress, guard)
+        lab = make_lab(config, material, start, device)
+        trained = baselines.training(config, run.path) if config.evaluate.baselines else nullcontext()
+        with trained as others:
+            _train(lab, run, progress, guard)
+            if others is not None:
+                progress.phase("baselines")
+                progress.message("wait for the baselines " + ", ".join(config.evaluate.baselines))
+                others.wait()
+        if not config.evaluate.final:
+            return None
+        progress.phase("evaluate")
+        seconds = lambda: time.monotonic() - began  # noqa: E731
+        summary = final_summary(lab, run.path, "test", seconds, progress.message)
+        write_summary(run.path / "summary.json", summary)
+        plot_run(run.path)
+    return summary
+
+
+def _start_policy(config: Config, task, folder: Path, device, progress: Progress, guard: SignalGuard):
+    """The policy that training starts from, kept as a model directory of the run so that a resumed run finds it."""
+    directory = folder / START
+    if not directory.is_dir():
+        lm = make_start_model(config, task, device)
+
+        def report(update: int, updates: int, stats) -> None:
+            _stop_if_asked(guard, "the warm start begins again with --resume auto")
+            if update % max(updates // 10, 1) == 0:
+                progress.message(f"warm start {update}/{updates}: loss {stats.loss.item():.3f}")
+
+        if config.warm_start.updates:
+            progress.phase("warm start")
+            warm_start(config, task, lm, device, report)
+        save_policy(lm, directory)
+    return load_policy(directory, config.model, device)
+
+
+def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> None:
+    config = lab.config
+    replay = Replay(config.discriminator.replay_size)
+    if run.resume_from is not None:
+        load_state(run.resume_from, lab, replay)
+        progress.message(f"continue after step {run.start_step}")
+    elif lab.reward is not None and config.discriminator.warmup_steps:
+        progress.phase("warm-up")
+        warm_up_discriminator(lab, _report_warmup(progress, guard))
+        save_state(run.checkpoints, 0, lab, replay)
+    meter = Metrics(
+        run.metrics,
+        total_steps=config.steps,
+        start_step=run.start_step,
+        logs=run.logs if config.tensorboard else None,
+        wandb=config.wandb,
+        run_name=run.path.name,
+        config=plain(config),
+        device=lab.policy.lm.device,
+    )
+    bad_steps = 0
+
+    def done(step: int, result: StepResult, values: dict[str, float]) -> bool:
+        nonlocal bad_steps
+        bad = not all(math.isfinite(values.get(key, 0.0)) for key in ("policy/grad_norm", "discriminator/grad_norm"))
+        bad_steps = bad_steps + 1 if bad else 0
+        if result.traces and (bad or (config.save_rollouts_every and step % config.save_rollouts_every == 0)):
+            run.write_rollouts(step, [asdict(trace) for trace in result.traces])
+        if bad:
+            progress.message(f"step {step}: a gradient is not finite; its update was skipped, its samples are kept")
+        if bad_steps > config.max_bad_steps:
+            raise UserError(f"{bad_steps} steps in a row had gradients that are not finite; lower the learning rates.")
+        if config.evaluate.every and step % config.evaluate.every == 0:
+            values["dev_pass_at_1"] = _dev_pass(lab, step, progress)
+        progress.step(step, {shown: values[key] for key, shown in SHOWN.items() if key in values})
+        last = step == config.steps
+        if guard.stop or last or (config.checkpoint_every and step % config.checkpoint_every == 0):
+            meter.flush()
+            save_state(run.checkpoints, step, lab, replay)
+        return guard.stop is None
+
+    with meter:
+        step = fit(lab, run.start_step + 1, _Phases(meter, progress), replay, done)
+    if step < config.steps:
+        _stop_if_asked(guard, f"saved after step {step}; continue with --resume auto")
+    save_policy(lab.policy.lm, run.path / POLICY)
+    if lab.reward is not None:
+        tokenizer = lab.reward.bridge.chat or lab.maker.chat
+        save_reward(lab.reward.model, tokenizer.tokenizer, run.path / REWARD)
+
+
+class _Phases:
+    """A meter that also shows the phase it measures."""
+
+    def __init__(self, meter: Metrics, progress: Progress) -> None:
+        self._meter, self._progress = meter, progress
+        self.log = meter.log
+
+    def phase(self, name: str):
+        self._progress.phase(name)
+        return self._meter.phase(name)
+
+
+def _dev_pass(lab: Lab, step: int, progress: Progress) -> float:
+    progress.phase("dev")
+    dev = lab.material.dev
+    if not dev:
+        return math.nan
+    return rollout_stats(sample_traces(lab, lab.policy.lm, dev, 4, step, "dev")).sample_pass_at_1
+
+
+def _report_warmup(progress: Progress, guard: SignalGuard):
+    def report(update: int, updates: int, stats) -> None:
+        _stop_if_asked(guard, "the warm-up begins again with --resume auto")
+        if update % max(updates // 5, 1) == 0:
+            progress.message(
+                f"discriminator warm-up {update}/{updates}: loss {stats.loss.item():.3f}, "
+                f"accuracy {stats.accuracy.item():.3f}"
+            )
+
+    return report
+
+
+def _stop_if_asked(guard: SignalGuard, note: str) -> None:
+    if guard.stop:
+        raise Interrupted(f"stopped by {guard.stop}: {note}.")

@@ -1,0 +1,110 @@
+"""The training loop, which reads like Algorithm 1 of Fanconi et al. (arXiv 2510.01857), and its two baselines.
+
+One step of each algorithm is one function here; everything it calls is a stage of its own. What comes before the
+first step is in warmup.py, what comes after the last in evaluate/final.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from airl_fast import grpo, sft
+from airl_fast.advantage import advantages
+from airl_fast.batches import (
+    Replay,
+    expert_traces,
+    pack_for_policy,
+    perturbed_traces,
+    rollout_stats,
+    sample_traces,
+)
+from airl_fast.lab import Lab
+from airl_fast.metrics import Metrics
+from airl_fast.types import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """records: named records of scalars for the log. traces: the samples to keep on disk. tokens: completion tokens
+    processed."""
+
+    records: dict[str, object]
+    traces: list[Trace]
+    tokens: int
+
+
+def airl_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:
+    config, reward = lab.config, lab.reward
+    prompts = lab.prompts(step)
+    with meter.phase("sample"):
+        traces = sample_traces(lab, lab.policy.lm, prompts, config.rollout.samples_per_prompt, step, "rollout")
+    with meter.phase("perturb"):
+        known = expert_traces(lab, prompts) + traces
+        perturbed = perturbed_traces(lab, prompts, known, step)
+        old_prompts, old = replay.draw(lab, step, config.discriminator.replay_per_prompt * len(prompts), len(prompts))
+        replay.add(lab, step, prompts, traces, config.discriminator.replay_per_prompt)
+    with meter.phase("pack"):
+        batch = pack_for_policy(lab, known)
+        scored = reward.bridge.pack(known, prompts)
+    rewards = reward.model.score(scored) if config.reward.score_before_update else None
+    with meter.phase("discriminator"):
+        judged = reward.bridge.pack(known + perturbed + old, prompts + old_prompts)
+        stats = [reward.model.update(judged, reward.optimiser) for _ in range(config.discriminator.updates_per_step)]
+    with meter.phase("score"):
+        rewards = reward.model.score(scored) if rewards is None else rewards
+        rewards = reward.bridge.to_policy(rewards, known, prompts)
+        advantage = advantages(rewards, batch, config.advantage, config.reward)
+    with meter.phase("policy"):
+        policy_stats = lab.policy.update(batch, advantage)
+    records = {"rollout": rollout_stats(traces), "policy": policy_stats}
+    if stats:
+        records["discriminator"] = stats[-1]
+    return StepResult(records=records, traces=traces, tokens=batch.num_loss_tokens)
+
+
+def grpo_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:
+    """Group-relative policy optimisation on verifiable rewards: everything but the reward is the AIRL step's."""
+    prompts = lab.prompts(step)
+    with meter.phase("sample"):
+        traces = sample_traces(lab, lab.policy.lm, prompts, lab.config.rollout.samples_per_prompt, step, "rollout")
+    with meter.phase("pack"):
+        batch = pack_for_policy(lab, traces)
+        rewards = grpo.verifiable_rewards(traces, lab.config.grpo)
+        advantage = grpo.advantages(rewards, batch, lab.config.advantage.eps)
+    with meter.phase("policy"):
+        stats = lab.policy.update(batch, advantage)
+    return StepResult(
+        records={"rollout": rollout_stats(traces), "policy": stats}, traces=traces, tokens=batch.num_loss_tokens
+    )
+
+
+def sft_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:
+    """Supervised learning on the same demonstrations, as many a step as AIRL has traces."""
+    rollout = lab.config.rollout
+    prompts = lab.prompts(step, rollout.prompts_per_step * rollout.samples_per_prompt)
+    with meter.phase("policy"):
+        batch = pack_for_policy(lab, expert_traces(lab, prompts))
+        for _ in range(lab.config.policy.epochs):
+            stats = sft.update(
+                lab.policy.lm, batch, lab.policy.optimiser, lab.config.policy.optim.tokens_per_micro_batch
+            )
+    return StepResult(records={"policy": stats}, traces=[], tokens=batch.num_loss_tokens)
+
+
+STEPS: dict[str, Callable[[Lab, int, Metrics, Replay], StepResult]] = {
+    "airl": airl_step,
+    "grpo": grpo_step,
+    "sft": sft_step,
+}
+
+
+def fit(
+    lab: Lab, first: int, meter: Metrics, replay: Replay, done: Callable[[int, StepResult, dict[str, float]], bool]
+) -> int:
+    """Steps `first` to the last. `done(step, result, values)` sees each and says whether to go on. Returns the last."""
+    step = first - 1
+    for step in range(first, lab.config.steps + 1):
+        result = STEPS[lab.config.algorithm](lab, step, meter, replay)
+        values = meter.log(step, tokens=result.tokens, **result.records)
+        if not done(step, result, values):
+            break
+    return step
