@@ -17,9 +17,9 @@ def verifiable_rewards(traces: Sequence[Trace], config: GrpoConfig) -> list[floa
         signals = format_signals(trace.text)
         rewards.append(
             config.correct * float(bool(trace.correct))
-            + config.strict_format * signals.strict_format
-            + config.soft_format * signals.soft_format
-            + config.xml_count * signals.xml_count
+            + config.strict_format * signals.strict
+            + config.soft_format * signals.soft
+            + config.xml_count * signals.xml
             + config.integer * signals.integer
         )
     return rewards

@@ -20,7 +20,7 @@ def dry_run(config: Config) -> str:
     per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     lines = [
         f"algorithm       {config.algorithm}, {config.steps} steps, seed {config.seed}, device {device}",
-        f"task            {material.task.name}: {len(material.train)} prompts with demonstrations, {len(material.dev)} dev",
+        f"task            {material.task.name}: {len(material.train)} demonstrated prompts, {len(material.dev)} dev",
         f"prompt          {_range(prompt_lengths)} tokens",
         f"demonstration   {_range(expert_lengths)} tokens",
         f"policy          {_describe(lab.policy.lm.model)}, context {lab.policy.lm.max_length}",

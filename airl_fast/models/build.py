@@ -53,20 +53,20 @@ def build_tokenizer(texts: Iterable[str], config: BuildConfig) -> PreTrainedToke
 
 def build_model(config: BuildConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> torch.nn.Module:
     """A causal LM with random weights drawn from `seed`, embeddings tied, in float32."""
-    shape = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_length,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        initializer_range=config.hidden_size**-0.5,  # the default 0.02 learns many times slower at this width
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_length,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "initializer_range": config.hidden_size**-0.5,  # the default 0.02 learns many times slower at this width
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(seed)
     architecture = Qwen2Config if config.architecture == "qwen2" else LlamaConfig
     return AutoModelForCausalLM.from_config(architecture(**shape), attn_implementation="sdpa")

@@ -1,4 +1,7 @@
-"""How many rows of logits to hold at once, and the matrix products between the row kernels."""
+"""How many rows of logits to hold at once, and the matrix products between the row kernels.
+
+Every product writes into a given tensor: such calls take part in no autocast, which would change their type.
+"""
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -22,8 +25,11 @@ def logits_budget(device: torch.device) -> int:
     """Bytes one chunk of logits may take on this device."""
     if device.type != "cuda":
         return _CPU_BUDGET
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + cached
+    allocated = torch.cuda.memory_allocated(device)
+    if torch.cuda.is_current_stream_capturing():  # no question to the driver while a graph is recorded
+        free = torch.cuda.get_device_properties(device).total_memory - allocated
+    else:
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
     return int(min(max(free * _CUDA_SHARE, _CUDA_FLOOR), _CUDA_CEILING))
 
 
@@ -116,7 +122,8 @@ class Gradients:
         if self.need_hidden and keep is None:
             torch.mm(logits, weight, out=self.d_hidden[part])
         elif self.need_hidden:
-            self.d_hidden[part].zero_().index_copy_(0, keep, torch.mm(logits, weight))
+            product = torch.mm(logits, weight, out=torch.empty_like(rows))
+            self.d_hidden[part].zero_().index_copy_(0, keep, product)
         if self.need_bias:
             self.d_bias += logits.sum(0, dtype=self.dtype)
         if self.need_weight:

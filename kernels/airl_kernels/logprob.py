@@ -34,6 +34,9 @@ from ._common import (
 )
 
 
+_NEVER = -800.0  # a log-probability whose exponential is 0 in fp32 and fp64
+
+
 class LogitMap(NamedTuple):
     """How raw logits become scores. softcap 0 means none."""
 
@@ -86,7 +89,7 @@ def row_stats(
     torch.log(total, out=log_sum)
     logprob.sub_(log_sum)
     if entropy is not None:
-        shifted.masked_fill_(exps == 0, 0.0)  # where p is 0, p · log p is 0, not 0 · -inf
+        shifted.clamp_(min=_NEVER)  # where p is 0, p · log p is 0, not 0 · -inf
         torch.sub(log_sum, exps.mul_(shifted).sum(1).div_(total), out=entropy)
 
 
@@ -113,7 +116,7 @@ def logit_gradient_(
         gradient = logp.exp_().mul_(-g[:, None])
     else:
         p = logp.exp()
-        pull = logp.masked_fill_(p == 0, 0.0).add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(g[:, None])
+        pull = logp.clamp_(min=_NEVER).add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(g[:, None])
         gradient = p.mul_(pull).neg_()
     gradient.scatter_add_(1, targets[:, None], g[:, None])
     if not isinstance(slope, float) or slope != 1.0:
@@ -173,8 +176,9 @@ def scale_rows(matrix: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """
     product = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     torch.mul(matrix, factors.reshape(-1, *(1,) * (matrix.dim() - 1)), out=product)
-    dead = (factors == 0).expand(matrix.shape[:1]).nonzero()[:, 0]
-    return product.index_fill_(0, dead, 0.0)
+    if factors.dim() == 0:
+        return product if factors else product.zero_()
+    return product.index_fill_(0, (factors == 0).nonzero()[:, 0], 0.0)
 
 
 class Reference:

@@ -281,6 +281,19 @@ def test_compiles_without_a_graph_break(variant):
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_nothing(device):
+    inputs = head(SIZE, 8, 50, device=device, bias=True)
+    case = tokens(plain_logprob(wide(inputs))[0], LENGTHS)
+    for compact in (False, True):
+        expected, _ = fused(inputs, case, compact=compact)
+        truth = torch.autograd.grad(expected, inputs.leaves())
+        with torch.autocast(device, dtype=torch.bfloat16):
+            found, _ = fused(inputs, case, compact=compact)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            torch.testing.assert_close(torch.autograd.grad(found, inputs.leaves()), truth, rtol=0, atol=0)
+
+
 @settings(max_examples=3 if INTERPRETED else 25, deadline=None)
 @given(
     variant=st.sampled_from(VARIANTS), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
