@@ -169,7 +169,8 @@ def check_lengths(config: Config, maker: TraceMaker, material: Material, lm: Lan
         if prompt + config.rollout.max_new_tokens > lm.max_length:
             raise UserError(
                 f"prompt {example.id} has {prompt} tokens, and with "
-                f"rollout.max_new_tokens={config.rollout.max_new_tokens} it exceeds the model's context of {lm.max_length}; lower rollout.max_new_tokens or drop that prompt."
+                f"rollout.max_new_tokens={config.rollout.max_new_tokens} it exceeds the model's "
+                f"context of {lm.max_length}; lower rollout.max_new_tokens or drop that prompt."
             )
         if example.expert is not None and (total := prompt + len(maker.expert(example, 0).tokens)) > lm.max_length:
             raise UserError(

@@ -141,8 +141,10 @@ def size_violations(files: Mapping[str, str]) -> list[str]:
 
 def tree() -> dict[str, str]:
     """Path -> source of every Python file of the project."""
-    paths = (p for top in ("airl_fast", "kernels", "bench", "tests") for p in sorted((ROOT / top).rglob("*.py")))
-    return {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in paths}
+    tops = ("airl_fast", "kernels", "bench", "tests")
+    paths = (p.relative_to(ROOT) for top in tops for p in sorted((ROOT / top).rglob("*.py")))
+    # kernels/build holds copies that an installation made.
+    return {p.as_posix(): (ROOT / p).read_text(encoding="utf-8") for p in paths if "build" not in p.parts}
 
 
 # ---------------------------------------------------------------------------------------------- the project

@@ -139,7 +139,7 @@ def _check_verbatim(name: str, prompt: str, bare: str, full: str) -> None:
         )
     if not full.startswith(prompt + _PROBE_TRACE):
         raise UserError(
-            f"the chat template of tokenizer {name!r} strips or rewrites the assistant's text (reasoning tags, blanks); "
+            f"the chat template of tokenizer {name!r} strips or rewrites the assistant's text (tags, blanks); "
             "set model.chat_template to one that keeps it as it is."
         )
 
