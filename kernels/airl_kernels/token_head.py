@@ -153,9 +153,10 @@ def _(slope, hidden, weight, bias, index, need_hidden, need_weight):
 
 def scale_gradients__reference(gradients: list[Tensor], scale: Tensor) -> None:
     """Multiply in place by a scalar; 1, the usual one, costs no pass over memory."""
-    if scale.item() != 1.0:
+    factor = scale.item()
+    if factor != 1.0:
         for gradient in gradients:
-            gradient.mul_(scale)
+            gradient.mul_(factor)
 
 
 _scale_gradients = define_op("token_head", scale_gradients__reference, mutates=("gradients",))
@@ -270,12 +271,18 @@ def _loss_setup(ctx, inputs, output) -> None:
 
 
 def _loss_backward(ctx, grad: Tensor, *_ignored):
-    """The first time, the forward pass's gradients are scaled in place; a repeated backward computes them anew."""
+    """The forward pass's gradients, scaled.
+
+    In place the first time: a copy would double what the op moves. A repeated backward computes them anew, and a
+    compiler that traces this fuses the product itself and must not see outputs of the op change.
+    """
     hidden, weight, bias, index, slope = ctx.saved_tensors
     need = ctx.needs_input_grad
     if grad is None:
         return (None,) * len(need)
-    if ctx.gradients is not None:
+    if type(grad) is not Tensor:
+        gradients = [(gradient.to(grad.dtype) * grad).to(gradient.dtype) for gradient in ctx.gradients]
+    elif ctx.gradients is not None:
         gradients, ctx.gradients = ctx.gradients, None
         _scale_gradients(gradients, grad)
     else:
