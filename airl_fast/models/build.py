@@ -45,7 +45,11 @@ def build_tokenizer(texts: Iterable[str], config: BuildConfig) -> PreTrainedToke
     core.train_from_iterator(texts, trainer)
     core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=END, pad_token=PAD, model_max_length=config.max_length
+        tokenizer_object=core,
+        eos_token=END,
+        pad_token=PAD,
+        unk_token=PAD,  # or a reloaded Qwen2 tokenizer adds its own, which the model has no embedding for
+        model_max_length=config.max_length,
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
