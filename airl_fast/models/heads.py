@@ -90,12 +90,16 @@ class LowRankActionHead(nn.Module):
         nn.init.normal_(self.up, std=hidden_size**-0.5)
 
     def forward(self, hidden: torch.Tensor, batch: TraceBatch, reference: torch.Tensor | None) -> HeadInputs:
-        table = self.embedding[0].weight @ self.up
-        return HeadInputs(hidden=hidden[batch.loss_rows] @ self.down, weight=table, bias=self.bias, index=batch.labels)
+        table = self._embedding() @ self.up
+        before = hidden[batch.loss_rows].to(self.down.dtype) @ self.down
+        return HeadInputs(hidden=before, weight=table, bias=self.bias, index=batch.labels)
 
     def lipschitz_penalty(self, batch: TraceBatch) -> torch.Tensor:
-        rows = self.embedding[0].weight[batch.labels] @ self.up @ self.down.T
-        return ((rows.float().norm(dim=-1) - 1) ** 2).mean()
+        rows = self._embedding()[batch.labels] @ self.up @ self.down.T
+        return ((rows.norm(dim=-1) - 1) ** 2).mean()
+
+    def _embedding(self) -> torch.Tensor:
+        return self.embedding[0].weight.to(self.up.dtype)  # the head is float32 over a bfloat16 backbone too
 
 
 def make_head(name: str, backbone: nn.Module, rank: int) -> nn.Module:
