@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 
 import torch
 
@@ -37,10 +38,7 @@ class Bridge:
             return rewards
         own = [self._own(trace, examples) for trace in traces]
         maps = [
-            span_map(
-                self.chat.token_char_spans(mine.text, mine.tokens),
-                self.maker.chat.token_char_spans(trace.text, trace.tokens),
-            )
+            span_map(self._spans(mine, trace.text), self.maker.chat.token_char_spans(trace.text, trace.tokens))
             for mine, trace in zip(own, traces, strict=True)
         ]
         lengths = [len(trace.tokens) for trace in traces]
@@ -48,7 +46,22 @@ class Bridge:
         return map_rewards(rewards, joined.to(rewards.device), sum(lengths))
 
     def _own(self, trace: Trace, examples: Sequence[Example]) -> Trace:
-        """The trace in the discriminator's tokens; the sampler's log-probabilities do not carry over."""
+        """The trace in the discriminator's tokens, with the text they spell, which a normalising tokenizer changes.
+
+        The sampler's log-probabilities do not carry over.
+        """
         prompt = self.chat.prompt_tokens(examples[trace.group].prompt, self.maker.system)
         tokens = self.chat.completion_tokens(trace.text, trace.finished)
-        return replace(trace, prompt_tokens=tuple(prompt), tokens=tuple(tokens), logprobs=None)
+        text = self.chat.decode(tokens)
+        return replace(trace, prompt_tokens=tuple(prompt), tokens=tuple(tokens), text=text, logprobs=None)
+
+    def _spans(self, mine: Trace, text: str) -> list[tuple[int, int]]:
+        """The characters of `text`, the policy's, that each of the discriminator's tokens covers."""
+        spans = self.chat.token_char_spans(mine.text, mine.tokens)
+        if mine.text == text:
+            return spans
+        place: list[int] = []  # of every character of the discriminator's text in the policy's
+        for _, i, i_end, j, j_end in SequenceMatcher(None, mine.text, text, autojunk=False).get_opcodes():
+            place += [j + (k - i) * (j_end - j) // (i_end - i) for k in range(i, i_end)]
+        place.append(len(text))
+        return [(place[start], place[end]) for start, end in spans]

@@ -24,13 +24,18 @@ class TraceMaker:
         return tuple(self.chat.prompt_tokens(example.prompt, self.system))
 
     def expert(self, example: Example, group: int) -> Trace:
-        """The demonstration of a prompt that has one."""
+        """The demonstration of a prompt that has one.
+
+        Its text is what its tokens spell: a tokenizer that normalises (Qwen2's composes accents) reads another text
+        than was written.
+        """
+        tokens = tuple(self.chat.completion_tokens(example.expert, True))
         return Trace(
             group=group,
             kind=Kind.EXPERT,
             prompt_tokens=self.prompt_tokens(example),
-            tokens=tuple(self.chat.completion_tokens(example.expert, True)),
-            text=example.expert,
+            tokens=tokens,
+            text=self.chat.decode(tokens),
             correct=True,
         )
 
@@ -53,15 +58,19 @@ class TraceMaker:
     ) -> Trace | None:
         """A broken copy of `source`, which stands at `pair` in the list both travel in; None when nothing applies.
 
-        propagate: probability that the error is carried through the steps after it.
+        propagate: probability that the error is carried through the steps after it. A sample whose text the tokenizer
+        would normalise has no broken copy: its tokens would differ where nothing was broken.
         """
         change = self.task.perturb(example, source.text, rng, propagate_rate=propagate)
         if change is None:
             return None
+        tokens = tuple(self.chat.completion_tokens(change.text, source.finished))
+        if self.chat.decode(tokens) != change.text:
+            return None
         return replace(
             source,
             kind=Kind.PERTURBED,
-            tokens=tuple(self.chat.completion_tokens(change.text, source.finished)),
+            tokens=tokens,
             text=change.text,
             logprobs=None,
             pair=pair,
@@ -80,7 +89,7 @@ class TraceMaker:
             steps = tuple(range(self.reward.interval - 1, len(trace.tokens), self.reward.interval))
         else:
             steps = self.step_tokens(trace)
-        closing = [trace.text.find(tag) + len(tag) for tag in ("</think>", "</answer>") if tag in trace.text]
+        closing = sorted(trace.text.find(tag) + len(tag) for tag in ("</think>", "</answer>") if tag in trace.text)
         return Boundaries(steps=steps, blocks=self._tokens_at(trace, closing))
 
     def step_tokens(self, trace: Trace) -> tuple[int, ...]:
