@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from airl_fast.config import DiscriminatorConfig, RewardConfig
+from airl_fast.errors import UserError
 from airl_fast.granularity import reward_tokens
 from airl_fast.models.forward import hidden_states, token_logprobs
 from airl_fast.models.load import LanguageModel
@@ -49,10 +50,18 @@ class Discriminator(nn.Module):
         self.config, self.reward = config, reward
         self.reference = (reference,)  # the frozen start policy, not a part of D; in a tuple so as not to register
         if config.lipschitz == "spectral_norm":
+            if not hasattr(head, "weight"):
+                raise UserError(
+                    "discriminator.lipschitz=spectral_norm needs a head with a weight of its own; "
+                    "set discriminator.action_rank=0 or discriminator.lipschitz=gradient_penalty."
+                )
             spectral_norm(head, "weight")
+            head.eval()  # in training mode every look at the weight, scoring's too, would move its estimate
 
     def update(self, batch: TraceBatch, optimiser: Optimiser) -> DiscriminatorStats:
         """One optimiser step on expert (target 1) against policy and perturbed completions (target 0)."""
+        if self.config.lipschitz == "spectral_norm":
+            self._estimate_spectral_norm()
         weights = self.loss_weights(batch)
         targets = batch.per_token(self.positives(batch)).float()
         num_pairs = (batch.pair >= 0).sum().clamp_min(1)
@@ -116,6 +125,13 @@ class Discriminator(nn.Module):
             expert = expert | ((batch.kind == Kind.POLICY) & batch.correct)
         return expert
 
+    @torch.no_grad()
+    def _estimate_spectral_norm(self) -> None:
+        """One power iteration an update, however many micro-batches it has."""
+        self.head.train()
+        self.head.weight  # noqa: B018  the look is what iterates
+        self.head.eval()
+
     def _rewards(self, batch: TraceBatch, **options) -> torch.Tensor:
         rewards = torch.empty(batch.num_loss_tokens, device=batch.tokens.device)
         for part, index in micro_batches(batch, 2 * self.config.optim.tokens_per_micro_batch):
@@ -144,11 +160,12 @@ class Discriminator(nn.Module):
         expert, policy, perturbed = (
             _mean_where(counted & (kind == k)) for k in (Kind.EXPERT, Kind.POLICY, Kind.PERTURBED)
         )
-        others = _mean_where(counted & (kind != Kind.EXPERT))
-        right = torch.where(kind == Kind.EXPERT, logits > 0, logits < 0).float()
+        positive = batch.per_token(self.positives(batch))
+        right = torch.where(positive, logits > 0, logits < 0).float()
+        accuracy = (_mean_where(counted & positive)(right) + _mean_where(counted & ~positive)(right)) / 2
         return DiscriminatorStats(
             loss=loss,
-            accuracy=(expert(right) + others(right)) / 2,
+            accuracy=accuracy,
             perturbed_accuracy=perturbed(right),
             reward_gap=expert(logits) - policy(logits),
             grad_norm=grad_norm,
