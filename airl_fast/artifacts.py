@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
@@ -21,7 +22,7 @@ from airl_fast.data.chat import ChatFormat
 from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
 from airl_fast.models.heads import make_head
-from airl_fast.models.load import LanguageModel, check_directory, load_language_model, load_tokenizer
+from airl_fast.models.load import LanguageModel, check_directory, load_language_model, load_model, load_tokenizer
 from airl_fast.traces import TraceMaker
 
 transformers_logging.disable_progress_bar()
@@ -66,16 +67,21 @@ def load_reward(
         raise UserError(
             f"{directory} has no head.safetensors and head.json; give the final/discriminator of an AIRL run."
         )
-    settings = json.loads(settings_file.read_text())
+    trust = config.model.trust_remote_code
     dtype = getattr(torch, config.model.dtype)
-    backbone = AutoModel.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="sdpa"
-    )
-    head = make_head(settings["head"], backbone, settings["action_rank"])
-    discriminator = config.discriminator.model_copy(update=settings)
-    model = Discriminator(backbone.eval(), head, discriminator, config.reward, start)
-    head.load_state_dict(load_file(head_file))
-    tokenizer = load_tokenizer(folder, "reward model")
+    backbone = load_model(folder, "reward model", dtype, trust_remote_code=trust, auto=AutoModel).eval()
+    try:
+        settings = json.loads(settings_file.read_text())
+        head = make_head(settings["head"], backbone, settings["action_rank"])
+        discriminator = config.discriminator.model_copy(update=settings)
+        model = Discriminator(backbone, head, discriminator, config.reward, start)
+        head.load_state_dict(load_file(head_file))
+    except (ValueError, KeyError, RuntimeError, SafetensorError):  # not JSON, no such key, other shapes, damaged
+        raise UserError(
+            f"reward model: head.json and head.safetensors in {directory} are damaged or not of this backbone; "
+            "give the final/discriminator of an AIRL run."
+        ) from None
+    tokenizer = load_tokenizer(folder, "reward model", trust_remote_code=trust)
     same = tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
     chat = None if same else ChatFormat.from_tokenizer(tokenizer)
     return model.to(device).requires_grad_(False), Bridge(maker=maker, chat=chat, device=device)

@@ -58,10 +58,13 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
     return tokenizer
 
 
-def load_causal_lm(folder: Path, key: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> torch.nn.Module:
+def load_model(
+    folder: Path, key: str, dtype: torch.dtype, *, trust_remote_code: bool = False, auto: type = AutoModelForCausalLM
+) -> torch.nn.Module:
+    """auto: AutoModelForCausalLM, or AutoModel for a backbone alone."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -86,7 +89,7 @@ def load_language_model(config: ModelConfig, device: torch.device, *, key: str =
         tokenizer.chat_template = config.chat_template
     if tokenizer.chat_template is None:
         raise UserError(f"{key}: the tokenizer in {folder} has no chat template; set model.chat_template.")
-    model = load_causal_lm(folder, key, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
+    model = load_model(folder, key, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
     return wrap(model.to(device), tokenizer)
 
 
