@@ -31,6 +31,8 @@ def pack(
         prompt, completion = trace.prompt_tokens, trace.tokens
         if not prompt or not completion:
             raise ValueError("a trace needs at least one prompt token and one completion token")
+        if trace.logprobs is not None and len(trace.logprobs) != len(completion):
+            raise ValueError(f"a trace has {len(trace.logprobs)} log-probabilities for {len(completion)} tokens")
         start = starts[-1]
         tokens += prompt
         tokens += completion

@@ -1,7 +1,5 @@
 """From packed tokens to hidden states and log-probabilities."""
 
-from collections.abc import Iterator
-
 import torch
 from airl_kernels import linear_logprob
 
@@ -41,7 +39,3 @@ def token_logprobs(
         rows=batch.loss_rows,
         entropy=entropy,
     )
-
-
-def trainable(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    return (parameter for parameter in module.parameters() if parameter.requires_grad)
