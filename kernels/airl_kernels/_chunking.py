@@ -116,7 +116,9 @@ class Gradients:
         keep = None
         if self.compact:
             keep = columns[4].nonzero()[:, 0]  # the host waits for the device here
-            rows, logits = rows.index_select(0, keep), logits.index_select(0, keep)
+            vocab, stride = logits.shape[1], logits.stride(0)
+            padded = logits.as_strided((logits.shape[0], stride), (stride, 1))
+            rows, logits = rows.index_select(0, keep), padded.index_select(0, keep)[:, :vocab]
             columns = [None if c is None else c.index_select(0, keep) for c in columns]
         self.kernels.logit_gradient_(logits, columns[0], mapping, *columns[1:])
         if self.need_hidden and keep is None:

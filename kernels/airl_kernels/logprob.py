@@ -33,7 +33,6 @@ from ._common import (
     require_shape,
 )
 
-
 _NEVER = -800.0  # a log-probability whose exponential is 0 in fp32 and fp64
 
 

@@ -314,8 +314,10 @@ def check_loss(
     if loss_mask is not None:
         require_dtype("loss_mask", loss_mask, torch.bool)
         require_shape("loss_mask", loss_mask, num_rows)
+        loss_mask = loss_mask.contiguous()
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens)
+        cu_seqlens = cu_seqlens.contiguous()
         if not torch.compiler.is_compiling():
             check_offsets(cu_seqlens, num_rows)
     columns = []

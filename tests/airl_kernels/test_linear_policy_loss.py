@@ -262,6 +262,7 @@ def test_opcheck(surrogate, sequence):
     )
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the graph is the same")
 @pytest.mark.parametrize("variant", ["grpo", "gspo"])
 def test_compiles_without_a_graph_break(variant):
     inputs = head(SIZE, 4, 11)

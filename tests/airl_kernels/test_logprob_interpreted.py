@@ -14,7 +14,13 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = ("test_logprob.py", "test_selective.py", "test_policy_loss.py", "test_linear_policy_loss.py")
+FILES = (
+    "test_logprob.py",
+    "test_logprob_extremes.py",
+    "test_selective.py",
+    "test_policy_loss.py",
+    "test_linear_policy_loss.py",
+)
 CALLS = """
 import torch, airl_kernels, airl_kernels.logprob_triton as kernels, tests.airl_kernels.logprob_cases
 calls = []
