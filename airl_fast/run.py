@@ -14,6 +14,7 @@ from airl_fast.artifacts import POLICY, REWARD, START, load_policy, save_policy,
 from airl_fast.batches import Replay, rollout_stats, sample_traces
 from airl_fast.checkpoint import SignalGuard
 from airl_fast.config import Config
+from airl_fast.data.task import Task
 from airl_fast.device import ops_backend, pick_device
 from airl_fast.errors import UserError
 from airl_fast.evaluate.final import final_summary
@@ -21,9 +22,12 @@ from airl_fast.evaluate.plots import plot_run
 from airl_fast.evaluate.summary import Summary, write_summary
 from airl_fast.lab import Lab, load_material, make_lab, make_start_model
 from airl_fast.metrics import Metrics
+from airl_fast.models.load import LanguageModel
 from airl_fast.overrides import plain
+from airl_fast.preflight import check
 from airl_fast.progress import Progress
 from airl_fast.rundir import RunDir
+from airl_fast.sft import SftStats
 from airl_fast.state import load_state, save_state
 from airl_fast.train import StepResult, fit
 from airl_fast.warmup import warm_start, warm_up_discriminator
@@ -41,7 +45,7 @@ SHOWN = {
     "rollout/mean_length": "length",
     "rollout/truncated": "truncated",
     "policy/loss": "loss",
-    "dev_pass_at_1": "dev pass@1",
+    "dev/pass_at_1": "dev pass@1",
     "tokens_per_s": "tokens/s",
     "seconds/step": "seconds",
     "eta_s": "eta_s",
@@ -59,47 +63,57 @@ def train_run(
     began = time.monotonic()
     device = pick_device(config)
     material = load_material(config, say)
+    start_directory = Path(config.output_dir).expanduser() / name / START
+    continued = resume != "never" and start_directory.is_dir()
+    model = load_policy(start_directory, config.model, device) if continued else None
+    model = model or make_start_model(config, material.task, device)
+    check(config, material, model, device)  # what is refused leaves no directory behind
     run = RunDir.create(
         config.output_dir, name, config=plain(config), resume=resume, changeable=CHANGEABLE, device=str(device), say=say
     )
     with Progress(config.steps, name) as progress, SignalGuard() as guard:
         progress.message(f"device {device}, {torch.get_num_threads()} threads, ops on {ops_backend(device)}, "
                          f"attention by torch SDPA, sampler {config.rollout.engine}")  # fmt: skip
-        start = _start_policy(config, material.task, run.path, device, progress, guard)
-        lab = make_lab(config, material, start, device)
+        if not continued:
+            model = _warm_start(config, material.task, model, run.path / START, progress, guard)
+        lab = make_lab(config, material, model, device, progress.message)
         trained = baselines.training(config, run.path) if config.evaluate.baselines else nullcontext()
         with trained as others:
             _train(lab, run, progress, guard)
             if others is not None:
                 progress.phase("baselines")
                 progress.message("wait for the baselines " + ", ".join(config.evaluate.baselines))
-                others.wait()
+                others.wait(lambda: _stop_if_asked(guard, "training is complete; continue with --resume auto"))
         if not config.evaluate.final:
             return None
         progress.phase("evaluate")
-        seconds = lambda: time.monotonic() - began  # noqa: E731
-        summary = final_summary(lab, run.path, "test", seconds, progress.message)
+
+        def evaluating(text: str) -> None:
+            _stop_if_asked(guard, "training is complete; evaluate with --resume auto")
+            progress.message(text)
+
+        summary = final_summary(lab, run.path, "test", lambda: time.monotonic() - began, evaluating)
         write_summary(run.path / "summary.json", summary)
         plot_run(run.path)
     return summary
 
 
-def _start_policy(config: Config, task, folder: Path, device, progress: Progress, guard: SignalGuard):
+def _warm_start(
+    config: Config, task: Task, lm: LanguageModel, directory: Path, progress: Progress, guard: SignalGuard
+) -> LanguageModel:
     """The policy that training starts from, kept as a model directory of the run so that a resumed run finds it."""
-    directory = folder / START
-    if not directory.is_dir():
-        lm = make_start_model(config, task, device)
 
-        def report(update: int, updates: int, stats) -> None:
-            _stop_if_asked(guard, "the warm start begins again with --resume auto")
-            if update % max(updates // 10, 1) == 0:
-                progress.message(f"warm start {update}/{updates}: loss {stats.loss.item():.3f}")
+    def report(update: int, updates: int, stats: SftStats) -> None:
+        _stop_if_asked(guard, "the warm start begins again with --resume auto")
+        if update % max(updates // 10, 1) == 0:
+            progress.message(f"warm start {update}/{updates}: loss {stats.loss.item():.3f}")
 
-        if config.warm_start.updates:
-            progress.phase("warm start")
-            warm_start(config, task, lm, device, report)
-        save_policy(lm, directory)
-    return load_policy(directory, config.model, device)
+    if config.warm_start.updates:
+        progress.phase("warm start")
+        lm.model.requires_grad_(True)  # the check before froze it
+        warm_start(config, task, lm, lm.device, report)
+    save_policy(lm, directory)
+    return load_policy(directory, config.model, lm.device)
 
 
 def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> None:
@@ -124,6 +138,13 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
     )
     bad_steps = 0
 
+    def watch(step: int) -> dict[str, object]:
+        if not config.evaluate.every or step % config.evaluate.every or not lab.material.dev:
+            return {}
+        progress.phase("dev")
+        traces = sample_traces(lab, lab.policy.lm, lab.material.dev, 4, step, "dev")
+        return {"dev": {"pass_at_1": rollout_stats(traces).sample_pass_at_1}}
+
     def done(step: int, result: StepResult, values: dict[str, float]) -> bool:
         nonlocal bad_steps
         bad = not all(math.isfinite(values.get(key, 0.0)) for key in ("policy/grad_norm", "discriminator/grad_norm"))
@@ -134,8 +155,6 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
             progress.message(f"step {step}: a gradient is not finite; its update was skipped, its samples are kept")
         if bad_steps > config.max_bad_steps:
             raise UserError(f"{bad_steps} steps in a row had gradients that are not finite; lower the learning rates.")
-        if config.evaluate.every and step % config.evaluate.every == 0:
-            values["dev_pass_at_1"] = _dev_pass(lab, step, progress)
         progress.step(step, {shown: values[key] for key, shown in SHOWN.items() if key in values})
         last = step == config.steps
         if guard.stop or last or (config.checkpoint_every and step % config.checkpoint_every == 0):
@@ -144,7 +163,7 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
         return guard.stop is None
 
     with meter:
-        step = fit(lab, run.start_step + 1, _Phases(meter, progress), replay, done)
+        step = fit(lab, run.start_step + 1, _Phases(meter, progress), replay, watch, done)
     if step < config.steps:
         _stop_if_asked(guard, f"saved after step {step}; continue with --resume auto")
     save_policy(lab.policy.lm, run.path / POLICY)
@@ -163,14 +182,6 @@ class _Phases:
     def phase(self, name: str):
         self._progress.phase(name)
         return self._meter.phase(name)
-
-
-def _dev_pass(lab: Lab, step: int, progress: Progress) -> float:
-    progress.phase("dev")
-    dev = lab.material.dev
-    if not dev:
-        return math.nan
-    return rollout_stats(sample_traces(lab, lab.policy.lm, dev, 4, step, "dev")).sample_pass_at_1
 
 
 def _report_warmup(progress: Progress, guard: SignalGuard):

@@ -98,13 +98,21 @@ STEPS: dict[str, Callable[[Lab, int, Metrics, Replay], StepResult]] = {
 
 
 def fit(
-    lab: Lab, first: int, meter: Metrics, replay: Replay, done: Callable[[int, StepResult, dict[str, float]], bool]
+    lab: Lab,
+    first: int,
+    meter: Metrics,
+    replay: Replay,
+    watch: Callable[[int], dict[str, object]],
+    done: Callable[[int, StepResult, dict[str, float]], bool],
 ) -> int:
-    """Steps `first` to the last. `done(step, result, values)` sees each and says whether to go on. Returns the last."""
+    """Steps `first` to the last; returns the last one taken.
+
+    watch(step) adds records to a step's log. done(step, result, values) sees all of it and says whether to go on.
+    """
     step = first - 1
     for step in range(first, lab.config.steps + 1):
         result = STEPS[lab.config.algorithm](lab, step, meter, replay)
-        values = meter.log(step, tokens=result.tokens, **result.records)
+        values = meter.log(step, tokens=result.tokens, **result.records, **watch(step))
         if not done(step, result, values):
             break
     return step
