@@ -1,9 +1,13 @@
 """Train a run's baselines: the same command line in processes of its own, from the same start policy."""
 
+import ctypes
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import yaml
 from airl_fast.artifacts import POLICY, START
 from airl_fast.config import Config
 from airl_fast.errors import UserError
-from airl_fast.overrides import deep_merge, plain
+from airl_fast.overrides import deep_merge, load_config, plain
 from airl_fast.rundir import write_atomically
 
 _CHANGES: dict[str, dict] = {
@@ -21,16 +25,33 @@ _CHANGES: dict[str, dict] = {
     # AIRL with a discriminator that is never trained: what the machinery does without a learned reward.
     "random": {"algorithm": "airl", "discriminator": {"updates_per_step": 0, "warmup_steps": 0}},
 }
+_PARENT = "AIRL_FAST_PARENT"  # tells a baseline's process which process it belongs to
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent() -> None:
+    """In a baseline's process on Linux: end when the run that started it ends, even by SIGKILL, so that the run can
+    be continued without waiting for a process it does not know. Elsewhere, and in other processes, do nothing."""
+    parent = os.environ.get(_PARENT, "")
+    if not parent.isdecimal() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def baseline_config(config: Config, name: str, run: Path) -> Config:
-    """The run's configuration with another source of learning, and the run's start policy in place of its model."""
+    """The run's configuration with another source of learning, and the run's start policy in place of its model.
+
+    UserError when `baseline_overrides` make it invalid.
+    """
     tree = deep_merge(plain(config), _CHANGES[name])
     tree = deep_merge(tree, config.baseline_overrides.get(name, {}))
     tree["model"] |= {"path": str((run / START).resolve()), "build": None}
     tree["warm_start"]["updates"] = 0
     tree["evaluate"] |= {"baselines": [], "every": 0, "final": False}
-    return Config.model_validate(tree | {"output_dir": str(run / "baselines"), "tensorboard": False, "wandb": False})
+    tree |= {"output_dir": str(run / "baselines"), "tensorboard": False, "wandb": False}
+    return load_config(Config, tree, [], origin=f"baseline {name} (baseline_overrides.{name})")
 
 
 @contextmanager
@@ -56,10 +77,12 @@ class Baselines:
         if config.evaluate.workers:
             self._submit()
 
-    def wait(self) -> None:
-        """Until every baseline is trained. UserError names the log of one that failed."""
+    def wait(self, poll: Callable[[], None]) -> None:
+        """Until every baseline is trained; `poll` is called meanwhile. UserError names the log of one that failed."""
         self._submit()
         for name, job in self._jobs.items():
+            while not wait_for([job], timeout=0.2).done:
+                poll()
             if job.result() != 0:
                 raise UserError(f"baseline {name} failed; its log is {self._log(name)}.")
 
@@ -87,7 +110,8 @@ class Baselines:
         write_atomically(file, text)
         command = [sys.executable, "-m", "airl_fast", "train", str(file), "--run-name", name, "--resume", "auto"]
         with self._log(name).open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            environment = os.environ | {_PARENT: str(os.getpid())}
+            process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
             self._processes.append(process)
             return process.wait()
 

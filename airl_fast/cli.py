@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"airl-fast: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training, where nothing has to be saved
+        return 130
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("task", help="a task's name, or a JSON Lines file")
         action.add_argument("options", nargs="*", metavar="key=value", help="path=FOLDER, or an option of the task")
         action.add_argument("--split", choices=("train", "dev", "test", "warmstart"), default="train")
-        action.add_argument("-n", type=int, default=3, help="how many to print, or at most to write")
+        action.add_argument("-n", type=int, help="how many to print (default: 3), or at most to write (default: all)")
         action.add_argument("-o", "--out", help="file to write (prepare)")
         action.set_defaults(command=_data, action=name)
 
@@ -102,9 +104,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print(dry_run(config))
         return 0
+    from airl_fast.baselines import end_with_parent
     from airl_fast.evaluate.summary import render_table
     from airl_fast.run import Interrupted, train_run
 
+    end_with_parent()
     name = arguments.run_name or f"{Path(arguments.config).stem}-seed{config.seed}"
     try:
         summary = train_run(config, name, resume=arguments.resume)
@@ -156,18 +160,19 @@ def _data(arguments: argparse.Namespace) -> int:
         task = make_task("jsonl", path=arguments.task)
     else:
         task = make_task(arguments.task, **_options(arguments.options))
-    if arguments.n < 1:
+    if arguments.n is not None and arguments.n < 1:
         raise UserError(f"-n {arguments.n}: give a whole number from 1.")
     if arguments.action == "prepare":
         if arguments.out is None:
             raise UserError("data prepare: name the file to write with -o FILE.")
-        print(f"{inspection.prepare(task, arguments.split, arguments.out)} rows written to {arguments.out}")
+        rows = inspection.prepare(task, arguments.split, arguments.out, arguments.n)
+        print(f"{rows} rows written to {arguments.out}")
     elif arguments.action == "validate":
         print("\n".join(map(str, inspection.validate_task(task))))
     elif arguments.action == "preview":
-        print(inspection.preview(task, arguments.split, arguments.n))
+        print(inspection.preview(task, arguments.split, arguments.n or 3))
     else:
-        print(inspection.preview_perturbations(task, arguments.split, arguments.n))
+        print(inspection.preview_perturbations(task, arguments.split, arguments.n or 3))
     return 0
 
 

@@ -26,6 +26,7 @@ class DataConfig(Section):
     num_experts: Positive | None = None  # demonstrations used; None takes all
     num_dev: Positive = 96
     failing_experts: Literal["keep", "drop", "error"] = "drop"  # an expert whose answer fails its own verifier
+    too_long: Literal["error", "drop"] = "error"  # a prompt or demonstration that exceeds a model's context
     system: str | None = None  # system message put before every prompt
 
 
@@ -192,3 +193,18 @@ class Config(Section):
     max_bad_steps: Positive = 3  # non-finite steps in a row before the run stops
     tensorboard: bool = True
     wandb: bool = False
+
+    @model_validator(mode="after")
+    def _groups_are_usable(self):
+        """GRPO learns from how a prompt's samples differ; AIRL's groups hold the demonstration besides."""
+        if self.algorithm == "grpo" and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                "algorithm=grpo has zero usable groups with rollout.samples_per_prompt=1, because it compares the "
+                "samples of a prompt; set rollout.samples_per_prompt to 2 or more"
+            )
+        if self.algorithm == "grpo" and not any(self.grpo.model_dump().values()):
+            raise ValueError(
+                "algorithm=grpo has zero usable groups because every weight of the section grpo is 0; "
+                "set one, such as grpo.correct=1"
+            )
+        return self

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,10 +82,16 @@ class Lab:
         return chosen
 
 
-def load_material(config: Config, say: Say = lambda text: None) -> Material:
+def _silent(text: str) -> None:
+    pass
+
+
+def load_material(config: Config, say: Say = _silent) -> Material:
     task = make_task(config.data.task, path=config.data.path, seed=config.seed, **config.data.options)
     train = [example for example in task.load("train") if example.expert is not None]
-    report = check_experts(task, train, config.data.failing_experts)
+    report = check_experts(task, train, "keep" if config.data.failing_experts == "keep" else "drop")
+    if report.failed and config.data.failing_experts == "error":
+        raise UserError(f"{report}; correct them, or leave them out with data.failing_experts=drop.")
     if report.failed:
         verb = {"keep": "kept", "drop": "dropped"}[config.data.failing_experts]
         say(f"{report}; {verb} (data.failing_experts)")
@@ -116,11 +122,13 @@ def make_maker(config: Config, task: Task, lm: LanguageModel) -> TraceMaker:
     return TraceMaker(task=task, chat=chat, reward=config.reward, system=system)
 
 
-def make_lab(config: Config, material: Material, start: LanguageModel, device: torch.device) -> Lab:
-    """Assemble a run around a start policy, which stays as it is: the trained policy is a copy of it."""
+def make_lab(config: Config, material: Material, start: LanguageModel, device: torch.device, say: Say = _silent) -> Lab:
+    """Assemble a run around a start policy, which stays as it is: the trained policy is a copy of it.
+
+    Prompts too long for a model are refused or left out here, where the tokenizers are known.
+    """
     maker = make_maker(config, material.task, start)
-    check_lengths(config, maker, material, start)
-    policy_lm = replace(start, model=copy.deepcopy(start.model))
+    policy_lm = replace(start, model=copy.deepcopy(start.model).requires_grad_(True))
     start.model.requires_grad_(False)
     reference = start if config.policy.kl_coef > 0 else None
     updates = config.steps * (1 if config.algorithm == "sft" else config.policy.epochs)
@@ -132,7 +140,13 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         reference=reference,
     )
     reward = make_reward(config, maker, start, device) if config.algorithm == "airl" else None
-    return Lab(config=config, material=material, maker=maker, policy=policy, start=start, reward=reward)
+    lab = Lab(config=config, material=material, maker=maker, policy=policy, start=start, reward=reward)
+    fitting = replace(
+        material,
+        train=tuple(fit_context(lab, material.train, "training", say, demonstrations=True)),
+        dev=tuple(fit_context(lab, material.dev, "dev", say)),
+    )
+    return replace(lab, material=fitting)
 
 
 def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device: torch.device) -> Reward:
@@ -162,18 +176,53 @@ def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device:
     )
 
 
-def check_lengths(config: Config, maker: TraceMaker, material: Material, lm: LanguageModel) -> None:
-    """Prompts, demonstrations and samples must fit the model's context."""
-    for example in (*material.train, *material.dev):
-        prompt = len(maker.prompt_tokens(example))
-        if prompt + config.rollout.max_new_tokens > lm.max_length:
-            raise UserError(
-                f"prompt {example.id} has {prompt} tokens, and with "
-                f"rollout.max_new_tokens={config.rollout.max_new_tokens} it exceeds the model's "
-                f"context of {lm.max_length}; lower rollout.max_new_tokens or drop that prompt."
+def held_out(lab: Lab, split: str, say: Say = _silent) -> list[Example]:
+    """The prompts of a split that an evaluation reads: the first `evaluate.prompts`. UserError when there is none."""
+    examples = lab.material.task.load(split, lab.config.evaluate.prompts)
+    if not examples:
+        raise UserError(
+            f"data.task={lab.config.data.task}: the {split} split holds no prompt to evaluate on; "
+            "set more aside (data.path, data.options) or set evaluate.final=false."
+        )
+    return fit_context(lab, examples, split, say)
+
+
+def fit_context(
+    lab: Lab, examples: Sequence[Example], split: str, say: Say = _silent, *, demonstrations: bool = False
+) -> list[Example]:
+    """The examples whose prompt and sample, and demonstration where asked, fit the contexts of policy and
+    discriminator. Others raise UserError or are left out, as data.too_long says."""
+    config, readers = lab.config, [("policy", lab.maker, lab.start.max_length)]
+    if lab.reward is not None:
+        context = lab.reward.model.backbone.config.get_text_config().max_position_embeddings
+        readers.append(("discriminator", replace(lab.maker, chat=lab.reward.bridge.chat or lab.maker.chat), context))
+    fitting, excess = list(examples), ""
+    for name, maker, context in readers:
+        needed = [_tokens_needed(example, maker, config, demonstrations) for example in fitting]
+        long = [i for i, tokens in enumerate(needed) if tokens > context]
+        if long and not excess:
+            completion = f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
+            completion += " or the demonstration" if demonstrations else ""
+            excess = (
+                f"the {name}'s context is {context} tokens, but {split} prompt {fitting[long[0]].id} and its "
+                f"completion ({completion}) need {needed[long[0]]}"
             )
-        if example.expert is not None and (total := prompt + len(maker.expert(example, 0).tokens)) > lm.max_length:
-            raise UserError(
-                f"the demonstration of prompt {example.id} has {total} tokens with its prompt, more than the model's "
-                f"context of {lm.max_length}; shorten it or drop it from the data."
-            )
+        fitting = [example for example, tokens in zip(fitting, needed, strict=True) if tokens <= context]
+    count = len(examples) - len(fitting)
+    if count and config.data.too_long == "error":
+        raise UserError(
+            f"{excess} ({count} of {len(examples)} prompts are too long); lower rollout.max_new_tokens, "
+            "or leave such prompts out with data.too_long=drop."
+        )
+    if count and not fitting:
+        raise UserError(f"{excess}, and none of the {count} fits; lower rollout.max_new_tokens or change the model.")
+    if count:
+        say(f"{count} of {len(examples)} {split} prompts left out (data.too_long=drop): {excess}")
+    return fitting
+
+
+def _tokens_needed(example: Example, maker: TraceMaker, config: Config, demonstration: bool) -> int:
+    completion = config.rollout.max_new_tokens
+    if demonstration and example.expert is not None:
+        completion = max(completion, len(maker.expert(example, 0).tokens))
+    return len(maker.prompt_tokens(example)) + completion

@@ -1,12 +1,42 @@
-"""Look before training: `--dry-run`, and `airl-fast make-model`."""
+"""Look before training: what a run refuses, `--dry-run`, and `airl-fast make-model`."""
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from airl_fast.artifacts import save_policy
+from airl_fast.baselines import baseline_config
 from airl_fast.config import Config
 from airl_fast.device import pick_device
 from airl_fast.errors import UserError
-from airl_fast.lab import Lab, load_material, make_lab, make_start_model
+from airl_fast.lab import Lab, Material, held_out, load_material, make_lab, make_start_model
+from airl_fast.models.load import LanguageModel
+
+
+def check(
+    config: Config,
+    material: Material,
+    start: LanguageModel,
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
+) -> Lab:
+    """Everything a run would refuse later, refused now with one sentence: before hours of work, and before a
+    directory is made. Returns the lab around the model as it is."""
+    for name in config.evaluate.baselines:
+        baseline_config(config, name, Path())
+    if config.wandb and find_spec("wandb") is None:
+        raise UserError("wandb=true, but wandb is not installed; pip install wandb, or set wandb=false.")
+    lab = make_lab(config, material, start, device, say)
+    if config.evaluate.final:
+        held_out(lab, "test", say)
+    if config.warm_start.updates and not any(e.expert for e in material.task.load("warmstart", 1000)):
+        raise UserError(
+            f"warm_start.updates={config.warm_start.updates}: task {material.task.name} has no warm-start "
+            "demonstrations; give it some (data.path, data.options) or set it to 0."
+        )
+    return lab
 
 
 def dry_run(config: Config) -> str:
@@ -14,7 +44,8 @@ def dry_run(config: Config) -> str:
     notes: list[str] = []
     device = pick_device(config)
     material = load_material(config, notes.append)
-    lab = make_lab(config, material, make_start_model(config, material.task, device), device)
+    lab = check(config, material, make_start_model(config, material.task, device), device, notes.append)
+    material = lab.material
     prompt_lengths = [len(lab.maker.prompt_tokens(example)) for example in material.train]
     expert_lengths = [len(lab.maker.expert(example, 0).tokens) for example in material.train]
     per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt

@@ -9,7 +9,7 @@ from airl_fast.evaluate.passk import Estimate, pass_at_k, pass_at_ks
 from airl_fast.evaluate.policies import Samples, sample_policy
 from airl_fast.evaluate.reward import RewardReport, evaluate_reward
 from airl_fast.evaluate.summary import LOCALISERS, RERANKERS, Summary
-from airl_fast.lab import Lab
+from airl_fast.lab import Lab, held_out
 from airl_fast.metrics import peak_rss_gib
 
 Say = Callable[[str], None]
@@ -25,7 +25,7 @@ def final_summary(lab: Lab, run: Path, split: str, seconds: Callable[[], float],
 def sample_policies(lab: Lab, run: Path, split: str, say: Say) -> dict[str, Samples]:
     """Samples of the start policy, the run's own and its baselines, by name, all on the same prompts."""
     settings, config = lab.config.evaluate, lab.config
-    examples = lab.material.task.load(split, settings.prompts)
+    examples = held_out(lab, split, say)
     say(f"evaluate the start policy on {len(examples)} {split} prompts")
     measured = {"start": sample_policy(lab, lab.start, examples, settings.samples, "final-start")}
     found = {config.algorithm: run / POLICY}
