@@ -90,7 +90,9 @@ def load_language_model(config: ModelConfig, device: torch.device, *, key: str =
     if tokenizer.chat_template is None:
         raise UserError(f"{key}: the tokenizer in {folder} has no chat template; set model.chat_template.")
     model = load_model(folder, key, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
-    return wrap(model.to(device), tokenizer)
+    lm = wrap(model.to(device), tokenizer)
+    _check_logits(lm, folder, key)
+    return lm
 
 
 def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
@@ -109,6 +111,24 @@ def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Language
         logit_scale=scale,
         max_length=int(text.max_position_embeddings),
     )
+
+
+@torch.no_grad()
+def _check_logits(lm: LanguageModel, folder: Path, key: str) -> None:
+    """Refuse an architecture that does more between its last hidden state and its logits than `wrap` knows of.
+
+    Its log-probabilities would differ from the sampler's without a word.
+    """
+    tokens = torch.arange(4, device=lm.device)[None]
+    theirs = lm.model(input_ids=tokens, use_cache=False).logits.float()
+    ours = lm.head(lm.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float() * lm.logit_scale
+    if lm.softcap is not None:
+        ours = lm.softcap * torch.tanh(ours / lm.softcap)
+    if (ours - theirs).abs().max() > 0.05 * theirs.abs().max():  # rounding in bfloat16 stays well below
+        raise UserError(
+            f"{key}: {folder} holds a {type(lm.model).__name__}, whose logits are not its output layer's alone; "
+            "use another architecture, such as Qwen2 or Llama."
+        )
 
 
 def _first_line(error: Exception) -> str:
