@@ -17,7 +17,9 @@ CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 EVERYTHING = 1 << 20  # a micro-batch budget that cuts nothing
 
 
-def language_model(architecture: str = "qwen2", vocab_size: int = 40, *, seed: int = 0, tokenizer=None) -> LanguageModel:
+def language_model(
+    architecture: str = "qwen2", vocab_size: int = 40, *, seed: int = 0, tokenizer=None, spread: float = 0.4
+) -> LanguageModel:
     """Two layers, four query heads on two key heads, weights wide enough that no distribution is nearly uniform."""
     torch.manual_seed(seed)
     config = CONFIGS[architecture](
@@ -28,7 +30,7 @@ def language_model(architecture: str = "qwen2", vocab_size: int = 40, *, seed: i
         num_key_value_heads=2,
         intermediate_size=32,
         max_position_embeddings=512,
-        initializer_range=0.4,
+        initializer_range=spread,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
