@@ -121,7 +121,7 @@ def surrogate_terms(
         loss, gradient = loss * weights, gradient * weights
     terms[OBJECTIVE] = loss
     for row, flags in ((CLIP_LOW, pick.clipped_low), (CLIP_HIGH, pick.clipped_high), (DUAL_CLIP, pick.dual_clipped)):
-        terms[row] = live(flags.to(terms.dtype))
+        terms[row] = flags  # never of a masked token: its ratio is 1
     slope.copy_(gradient)
 
 

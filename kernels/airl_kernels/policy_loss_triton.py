@@ -106,9 +106,9 @@ def _terms_kernel(
         loss += beta * reference
         slope -= beta * (reference + distance)
     tl.store(terms + 4 * terms_stride, reference, mask=inside)
-    tl.store(terms + 5 * terms_stride, tl.where(live & low, 1.0, 0.0), mask=inside)
-    tl.store(terms + 6 * terms_stride, tl.where(live & high, 1.0, 0.0), mask=inside)
-    tl.store(terms + 7 * terms_stride, tl.where(live & dual, 1.0, 0.0), mask=inside)
+    tl.store(terms + 5 * terms_stride, tl.where(low, 1.0, 0.0), mask=inside)
+    tl.store(terms + 6 * terms_stride, tl.where(high, 1.0, 0.0), mask=inside)
+    tl.store(terms + 7 * terms_stride, tl.where(dual, 1.0, 0.0), mask=inside)
     if weights is not None:
         weight = tl.load(weights + rows, mask=live, other=0.0)
         loss *= weight

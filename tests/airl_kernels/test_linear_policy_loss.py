@@ -54,7 +54,7 @@ def test_error_is_within_twice_that_of_careful_torch(device, dtype, variant, fro
         truth_logprob.detach().float().double() - torch.tensor([0.0, 0.5, -0.5, 1.5, 0.1]).repeat(SIZE // 5)
     )
     truth = plain_loss(truth_logprob, case, variant, denominator_of(variant))
-    careful = plain_loss(careful_logprob.cpu(), Tokens(**vars(case)), variant, denominator_of(variant))
+    careful = plain_loss(careful_logprob.cpu(), case, variant, denominator_of(variant))
     targets = torch.where(case.mask, inputs.targets.cpu(), -100).to(device)
     loss, stats = linear_ppo_loss(
         inputs.hidden, inputs.weight, targets, bias=inputs.bias, variant=variant, chunk_rows=17, compact=compact,
