@@ -1,7 +1,7 @@
 """What a reward is worth on traces it did not train on: reranking, correctness and the first wrong step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from airl_fast.data.task import LocatesErrors
 from airl_fast.discriminator import Discriminator
 from airl_fast.evaluate.correlate import within_prompt_auroc
 from airl_fast.evaluate.localise import (
-    StepScores,
     TokenValues,
     calibrate_threshold,
     chance_hits,
@@ -27,7 +26,7 @@ from airl_fast.evaluate.policies import Samples
 from airl_fast.evaluate.rerank import answer_classes, rerank, trace_scores
 from airl_fast.lab import Lab
 from airl_fast.models.forward import token_logprobs
-from airl_fast.pack import micro_batches, pack
+from airl_fast.pack import Boundaries, micro_batches, pack
 from airl_fast.types import Example, Trace
 
 _CALIBRATION_STEP = -1  # a step no training step has: its draws are its own
@@ -73,7 +72,7 @@ def evaluate_reward(lab: Lab, model: Discriminator, bridge: Bridge, samples: Sam
     answers = [task.canonical_answer(samples.examples[t.group], t.text) for t in samples.traces]
     rows = [answers[i : i + samples.per_prompt] for i in range(0, len(answers), samples.per_prompt)]
     picked = rerank(samples.correct, scores, classes=answer_classes(rows))
-    auroc = within_prompt_auroc(scores["reward"].ravel(), samples.correct.ravel(), samples.prompts)
+    auroc = within_prompt_auroc(_finite(scores["reward"].ravel()), samples.correct.ravel(), samples.prompts)
     localised, located = _localise(lab, model, bridge, samples, scored)
     return RewardReport(
         rerank=dict(picked.estimates), auroc_within_prompt=auroc.estimate, localise=localised, located=located
@@ -85,51 +84,69 @@ def _localise(
 ) -> tuple[dict[str, Estimate], int]:
     """Hit@1 on the policy's own errors where the task knows them, else on perturbed demonstrations of the prompts."""
     settings, task = lab.config.evaluate, lab.material.task
-    calibration = _perturbed(lab, lab.material.train[: settings.prompts], model, bridge)
     if isinstance(task, LocatesErrors):
-        wrong = [task.first_wrong_step(samples.examples[t.group], t.text) for t in samples.traces]
-        truth = np.array([-1 if step is None else step for step in wrong])
-        prompts = samples.prompts
+        tokens, prompts = _wrong_tokens(lab, task, samples), samples.prompts
     else:
         with_expert = [example for example in samples.examples if example.expert is not None]
-        if not with_expert:
-            return {}, 0
         scored = _perturbed(lab, with_expert, model, bridge)
-        truth, prompts = _changed_steps(lab, scored), np.array([t.group for t in scored.traces])
-    known = _changed_steps(lab, calibration)
+        if scored is None:
+            return {}, 0
+        tokens, prompts = _changed_tokens(lab, scored), np.array([t.group for t in scored.traces])
+    located = int((tokens >= 0).sum())
+    if not located:
+        return {}, 0
+    truth = step_of_token(scored.reward, tokens)
+    calibration = _perturbed(lab, lab.material.train[: settings.prompts], model, bridge)
     found: dict[str, Estimate] = {}
-    hits = None
     for name in ("reward", "logprob"):
         steps = step_scores(getattr(scored, name), settings.step_score)
-        threshold = calibrate_threshold(step_scores(getattr(calibration, name), settings.step_score), known)
+        threshold = None if calibration is None else _threshold(lab, calibration, name)
         for rule in _RULES:
+            if rule == "first_below" and threshold is None:
+                continue
             hits = trace_hits(steps, suspicion(steps, rule, threshold), truth)
-            if not len(hits.rows):
-                return {}, 0
             key = name if rule == settings.localise else f"{name}_{rule}"
-            found[key] = summarise_hits(hits, prompts=prompts[hits.rows]).hit_at_1
-    found["chance"] = _chance(step_scores(scored.reward, settings.step_score), truth, prompts)
-    return found, len(hits.rows)
+            found[key] = summarise_hits(hits, prompts=prompts).hit_at_1
+    chance = chance_hits(step_scores(scored.reward, settings.step_score), truth)
+    found["chance"] = summarise_hits(chance, prompts=prompts).hit_at_1
+    return found, located
 
 
-def _chance(steps: StepScores, truth: np.ndarray, prompts: np.ndarray) -> Estimate:
-    hits = chance_hits(steps, truth)
-    return summarise_hits(hits, prompts=prompts[hits.rows]).hit_at_1
+def _threshold(lab: Lab, calibration: _Scored, name: str) -> float:
+    known = step_of_token(calibration.reward, _changed_tokens(lab, calibration))
+    return calibrate_threshold(step_scores(getattr(calibration, name), lab.config.evaluate.step_score), known)
 
 
-def _perturbed(lab: Lab, examples: Sequence[Example], model: Discriminator, bridge: Bridge) -> _Scored:
-    known = expert_traces(lab, examples)
-    traces = perturbed_traces(lab, examples, known, _CALIBRATION_STEP)
-    return _score(lab, model, bridge, traces, examples)
+def _perturbed(lab: Lab, examples: Sequence[Example], model: Discriminator, bridge: Bridge) -> _Scored | None:
+    """Perturbed demonstrations, made even where training makes none; None when nothing in them can be changed."""
+    settings = lab.config.discriminator
+    copies = {"perturbed_per_expert": max(settings.perturbed_per_expert, 1), "perturbed_per_prompt": 0}
+    config = lab.config.model_copy(update={"discriminator": settings.model_copy(update=copies)})
+    made = perturbed_traces(replace(lab, config=config), examples, expert_traces(lab, examples), _CALIBRATION_STEP)
+    traces = [replace(trace, pair=None) for trace in made]  # their sources stay behind
+    return _score(lab, model, bridge, traces, examples) if traces else None
 
 
-def _changed_steps(lab: Lab, scored: _Scored) -> np.ndarray:
-    """The step that holds the first perturbed character of each trace."""
+def _changed_tokens(lab: Lab, scored: _Scored) -> np.ndarray:
+    """int64 [S]: the token that holds the first perturbed character of each trace."""
+    return np.array([_token_at(lab, trace, trace.first_changed + 1) for trace in scored.traces])
+
+
+def _wrong_tokens(lab: Lab, task: LocatesErrors, samples: Samples) -> np.ndarray:
+    """int64 [S]: the token that ends the first wrong step of each trace, -1 where every step is right."""
     tokens = []
-    for trace in scored.traces:
-        spans = lab.maker.chat.token_char_spans(trace.text, trace.tokens)
-        tokens.append(next(i for i, (_, end) in enumerate(spans) if end > trace.first_changed or i == len(spans) - 1))
-    return step_of_token(scored.reward, np.array(tokens))
+    for trace in samples.traces:
+        step = task.first_wrong_step(samples.examples[trace.group], trace.text)
+        ends = lab.material.task.step_ends(trace.text)
+        end = ends[step] if step is not None and step < len(ends) else len(trace.text)
+        tokens.append(-1 if step is None else _token_at(lab, trace, end))
+    return np.array(tokens)
+
+
+def _token_at(lab: Lab, trace: Trace, end: int) -> int:
+    """The token that holds the character before offset `end`: the last one when the text is shorter."""
+    spans = lab.maker.chat.token_char_spans(trace.text, trace.tokens)
+    return next((i for i, (_, stop) in enumerate(spans) if stop >= end), len(spans) - 1)
 
 
 @torch.no_grad()
@@ -137,7 +154,8 @@ def _score(
     lab: Lab, model: Discriminator, bridge: Bridge, traces: Sequence[Trace], examples: Sequence[Example]
 ) -> _Scored:
     device = lab.policy.lm.device
-    batch = pack(traces, device, lab.maker.boundaries)
+    # Steps as the task cuts them, whatever granularity the reward was trained at.
+    batch = pack(traces, device, lambda trace: Boundaries(steps=lab.maker.step_tokens(trace)))
     judged = bridge.pack(traces, examples)
     rewards = bridge.to_policy(model.logits(judged), traces, examples)
     logprobs = torch.empty_like(rewards)
@@ -154,6 +172,12 @@ def _score(
         return TokenValues(values=tensor.double().cpu().numpy(), offsets=offsets, step_ends=ends, answer_mask=answers)
 
     return _Scored(traces=traces, reward=values(rewards), logprob=values(logprobs))
+
+
+def _finite(scores: np.ndarray) -> np.ndarray:
+    """The same order without -inf (a trace that names no answer), which becomes less than every other score."""
+    known = scores[np.isfinite(scores)]
+    return np.where(np.isneginf(scores), known.min(initial=0.0) - 1.0, scores)
 
 
 def _other_scorers(chosen: str) -> list[str]:
