@@ -96,7 +96,7 @@ def _write_whole(directory: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)
-    except OSError as error:
-        raise UserError(
-            f"{directory} could not be written ({error.strerror}); check the directory and its space."
-        ) from None
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{directory} could not be written ({reason}); check the directory and its space.") from None
