@@ -131,7 +131,7 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
     policy_lm = replace(start, model=copy.deepcopy(start.model).requires_grad_(True))
     start.model.requires_grad_(False)
     reference = start if config.policy.kl_coef > 0 else None
-    updates = config.steps * (1 if config.algorithm == "sft" else config.policy.epochs)
+    updates = config.steps * config.policy.epochs
     policy = Policy(
         lm=policy_lm,
         optimiser=make_optimiser([(policy_lm.model.parameters(), 1.0)], config.policy.optim, updates),
