@@ -156,7 +156,7 @@ class EvaluateConfig(Section):
     workers: Count = 1  # processes that train the baselines beside the run; 0 trains them after it
     scorer: Literal["answer", "mean", "min_step", "last"] = "answer"  # of a trace, from its token rewards
     localise: Literal["largest_drop", "argmin", "first_below"] = "largest_drop"
-    step_score: Literal["mean", "min"] = "mean"  # of a step, from its tokens: for localisation and min_step
+    step_score: Literal["mean", "min"] = "mean"  # of a step, from its tokens, when localising
 
 
 class GrpoConfig(Section):

@@ -61,7 +61,7 @@ def evaluate_reward(lab: Lab, model: Discriminator, bridge: Bridge, samples: Sam
     gamma, shape = lab.config.advantage.gamma, samples.correct.shape
     scored = _score(lab, model, bridge, samples.traces, samples.examples)
     scores = {
-        name: trace_scores(scored.reward, scorer, gamma=gamma, step_rule=settings.step_score).reshape(shape)
+        name: trace_scores(scored.reward, scorer, gamma=gamma).reshape(shape)
         for name, scorer in {
             "reward": settings.scorer,
             **{f"reward_{s}": s for s in _other_scorers(settings.scorer)},
