@@ -13,7 +13,7 @@ from airl_fast.lab import Lab, held_out
 from airl_fast.metrics import peak_rss_gib
 
 Say = Callable[[str], None]
-_GIB_IN_KIB = 2**20
+_KIB_IN_GIB = 2**20
 
 
 def final_summary(lab: Lab, run: Path, split: str, seconds: Callable[[], float], say: Say) -> Summary:
@@ -80,14 +80,13 @@ def _summary(
         pass_at_5={name: row.get(5) for name, row in table.items()},
         control_random_reward=None if control is None else pass_at_k(control.correct, 1),
         seconds=seconds,
-        peak_rss_gib=_peak_rss_gib(),
+        peak_rss_gib=peak_rss_gib() + (_largest_child_gib() if lab.config.evaluate.baselines else 0.0),
         seed=lab.config.seed,
         counts=counts,
         **parts,
     )
 
 
-def _peak_rss_gib() -> float:
-    """This process's peak and that of its largest child, added: with one worker the two run side by side."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / _GIB_IN_KIB
-    return peak_rss_gib() + children
+def _largest_child_gib() -> float:
+    """Peak memory of the largest baseline process; with one worker it ran beside this one."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / _KIB_IN_GIB
