@@ -22,8 +22,9 @@ demo: setup
 	rm -rf runs/demo
 	$(BIN)/airl-fast train tiny --run-name demo
 
+# Two processes of one thread each: the tests are many and small. A file stays in one process, with its fixtures.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
