@@ -14,7 +14,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Imports happen in the commands, so that `--help` answers at once."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and data are local directories; nothing is ever fetched
     try:
@@ -27,6 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes all overrides in one place only; `train tiny --run-name x seed=1 --dry-run steps=3` is fine too."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.words += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         action = data.add_parser(name, help=text)
         action.add_argument("task", help="a task's name, or a JSON Lines file")
-        action.add_argument("options", nargs="*", metavar="key=value", help="path=FOLDER, or an option of the task")
+        action.add_argument("words", nargs="*", metavar="key=value", help="path=FOLDER, or an option of the task")
         action.add_argument("--split", choices=("train", "dev", "test", "warmstart"), default="train")
         action.add_argument("-n", type=int, help="how many to print (default: 3), or at most to write (default: all)")
         action.add_argument("-o", "--out", help="file to write (prepare)")
@@ -82,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a preset (`airl-fast presets`) or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=v", help="values that replace the configuration's")
+    parser.add_argument("words", nargs="*", metavar="a.b=v", help="values that replace the configuration's")
 
 
 def _version() -> str:
@@ -94,7 +105,7 @@ def _load(arguments: argparse.Namespace):
     from airl_fast.overrides import find_preset, load_config
 
     source, origin = find_preset(arguments.config, PRESETS)
-    return load_config(Config, source, arguments.overrides, origin=origin)
+    return load_config(Config, source, arguments.words, origin=origin)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -159,7 +170,7 @@ def _data(arguments: argparse.Namespace) -> int:
             return 2 if report.problems else 0
         task = make_task("jsonl", path=arguments.task)
     else:
-        task = make_task(arguments.task, **_options(arguments.options))
+        task = make_task(arguments.task, **_options(arguments.words))
     if arguments.n is not None and arguments.n < 1:
         raise UserError(f"-n {arguments.n}: give a whole number from 1.")
     if arguments.action == "prepare":
