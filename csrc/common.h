@@ -16,6 +16,8 @@
 #else
 #define AIRL_CLONES
 #endif
+// A body that takes on the instruction set of the clone it is inlined into.
+#define AIRL_INLINE static inline __attribute__((always_inline))
 
 namespace airl_kernels {
 

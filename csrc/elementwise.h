@@ -8,8 +8,6 @@
 
 #include "common.h"
 
-#define AIRL_INLINE static inline __attribute__((always_inline))
-
 namespace airl_kernels {
 
 // exp(-|z|), within two units in the last place: 2^n·p(r), where p is the Taylor polynomial on |r| <= ln(2)/2.
@@ -55,7 +53,7 @@ AIRL_INLINE double log1p_of(double e) { return std::log1p(e); }
 
 template <typename T>
 AIRL_INLINE double bce_body(const T* z, const T* target, const T* weight, T* slope, int64_t n, T smoothing) {
-  T loss = 0;  // of a tile's few hundred rows
+  double loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t t = 0; t < n; ++t) {
     const T logit = z[t], w = weight[t], y = target[t] * (1 - smoothing) + smoothing / 2;
@@ -65,7 +63,7 @@ AIRL_INLINE double bce_body(const T* z, const T* target, const T* weight, T* slo
     const T positive = y * (std::max(-logit, T(0)) + small), negative = (1 - y) * (std::max(logit, T(0)) + small);
     const T value = w * ((y > 0 ? positive : T(0)) + (y < 1 ? negative : T(0)));
     const T change = w * ((logit >= 0 ? T(1) : e) / (1 + e) - y);
-    loss += w == 0 ? T(0) : value;
+    loss += static_cast<double>(w == 0 ? T(0) : value);
     slope[t] = w == 0 ? T(0) : change;
   }
   return loss;
@@ -73,12 +71,12 @@ AIRL_INLINE double bce_body(const T* z, const T* target, const T* weight, T* slo
 
 template <typename T>
 AIRL_INLINE double wgan_body(const T* z, const T* target, const T* weight, T* slope, int64_t n) {
-  T loss = 0;
+  double loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t t = 0; t < n; ++t) {
     const T change = weight[t] * (1 - 2 * target[t]), value = change * z[t];
     slope[t] = change;
-    loss += weight[t] == 0 ? T(0) : value;
+    loss += static_cast<double>(weight[t] == 0 ? T(0) : value);
   }
   return loss;
 }

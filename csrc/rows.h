@@ -11,19 +11,25 @@ namespace airl_kernels {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-AIRL_CLONES static float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+// Sums run in 32 lanes that are joined at the end: fast, and rounding errors stay small.
+template <typename T>
+AIRL_INLINE T dot_body(const T* a, const T* b, int64_t n) {
+  constexpr int64_t kLanes = 32;
+  T lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += a[i + j] * b[i + j];
+  }
+  for (int64_t j = 0; i + j < n; ++j) lanes[j] += a[i + j] * b[i + j];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  }
+  return lanes[0];
 }
 
-AIRL_CLONES static double dot(const double* a, const double* b, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
+AIRL_CLONES static float dot(const float* a, const float* b, int64_t n) { return dot_body(a, b, n); }
+AIRL_CLONES static double dot(const double* a, const double* b, int64_t n) { return dot_body(a, b, n); }
 
 AIRL_CLONES static void scale(float s, const float* a, float* to, int64_t n) {
 #pragma omp simd

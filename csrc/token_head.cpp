@@ -12,6 +12,7 @@ namespace airl_kernels {
 namespace {
 
 constexpr int64_t kBlock = 512;             // rows with one part of d weight
+constexpr int64_t kRun = 16;                // rows added up before they join the block's part: keeps rounding errors small
 constexpr int64_t kTileBytes = 128 * 1024;  // of hidden, per tile
 
 // The head's tensors, contiguous; hidden and weight of one type: float, double or bfloat16.
@@ -109,8 +110,8 @@ class Walk {
 
  private:
   struct Buffers {
-    explicit Buffers(int64_t width) : hidden(width), weight(width), gradient(width) {}
-    std::vector<Acc> hidden, weight, gradient;
+    explicit Buffers(int64_t width) : hidden(width), weight(width), gradient(width), sum(width) {}
+    std::vector<Acc> hidden, weight, gradient, sum;
   };
 
   const Acc* weight_of(int64_t t, const Acc* shared, Buffers& buffers) const {
@@ -131,14 +132,18 @@ class Walk {
   }
 
   void tile_gradients(int64_t first, int64_t last, const Acc* shared, Acc* part, Buffers& buffers) const {
-    for (int64_t t = first; t < last; ++t) {
-      const Acc s = slopes[t];
-      if (d_hidden && s == 0) {
-        std::fill_n(d_hidden + t * width_, width_, T(0));
-      } else if (d_hidden) {
-        write_scaled(s, weight_of(t, shared, buffers), d_hidden + t * width_, buffers.gradient.data(), width_);
+    for (int64_t run = first; run < last; run += kRun) {
+      std::fill(buffers.sum.begin(), buffers.sum.end(), Acc(0));
+      for (int64_t t = run; t < std::min(last, run + kRun); ++t) {
+        const Acc s = slopes[t];
+        if (d_hidden && s == 0) {
+          std::fill_n(d_hidden + t * width_, width_, T(0));
+        } else if (d_hidden) {
+          write_scaled(s, weight_of(t, shared, buffers), d_hidden + t * width_, buffers.gradient.data(), width_);
+        }
+        if (part && s != 0) add_scaled(s, row(hidden_, t, width_, buffers.hidden.data()), buffers.sum.data(), width_);
       }
-      if (part && s != 0) add_scaled(s, row(hidden_, t, width_, buffers.hidden.data()), part, width_);
+      if (part) add_scaled(Acc(1), buffers.sum.data(), part, width_);
     }
   }
 

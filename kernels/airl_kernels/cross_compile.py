@@ -87,10 +87,15 @@ def cross_compile(name: str, call: Callable[[], object], arch: int) -> list[Kern
 
     call: runs a launcher on "meta" tensors. Returns one report per distinct compiled kernel, in launch order.
     """
-    compiled = {}
+    return [_report(name, kernel, arch) for kernel in compiled_kernels(call, arch)]
+
+
+def compiled_kernels(call: Callable[[], object], arch: int) -> list:
+    """The distinct `triton.compiler.CompiledKernel`s that `call` launches, for reading their `asm`."""
+    compiled: dict = {}
     with _compile_only(arch, compiled):
         call()
-    return [_report(name, kernel, arch) for kernel in compiled.values()]
+    return list(compiled.values())
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def group_statistics(
     lengths = cu_seqlens.diff()
     present = lengths > 0
     together = (group[:, None] == group[None, :]) & present[None, :]
-    last = rewards[(cu_seqlens[1:].long() - 1).clamp(min=0)] if rewards.numel() else rewards.new_zeros(lengths.numel())
+    last = rewards[(cu_seqlens[1:].long() - 1).clamp(min=0)]
     if baseline == "leave_one_out":
         others = together & ~torch.eye(lengths.numel(), dtype=torch.bool, device=rewards.device)
         count = others.sum(1)
@@ -160,6 +160,8 @@ def group_advantages_reference(
     rewards: Tensor, cu_seqlens: Tensor, group: Tensor, gamma: float, baseline: str, eps: float, min_std: float
 ) -> Tensor:
     check_offsets(cu_seqlens, rewards.numel())
+    if not rewards.numel():
+        return rewards.clone()
     mean, scale = group_statistics(rewards, cu_seqlens, group, baseline, eps, min_std)
     standardised = standardise(rewards, cu_seqlens, mean, scale)
     return recurrence(standardised, decays(cu_seqlens, None, rewards, gamma))
@@ -198,7 +200,7 @@ def _(rewards, values, cu_seqlens, mask, gamma, lam):
 def gae_backward_reference(
     d_advantages: Tensor, d_returns: Tensor, cu_seqlens: Tensor, mask: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """(d rewards, d values). With e = the adjoint scan of both gradients: d r = e, d V_t = d ret_t - e_t + γ·e_{t-1}."""
+    """(d rewards, d values): with e the adjoint scan of both gradients, d r = e, d V_t = d ret_t - e_t + γ·e_{t-1}."""
     d_advantages, d_returns = zero_masked(d_advantages, mask), zero_masked(d_returns, mask)
     decay = decays(cu_seqlens, mask, d_returns, gamma * lam)
     d_errors = zero_masked(adjoint_recurrence(d_advantages + d_returns, decay), mask)

@@ -406,7 +406,11 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def shipped_launches() -> dict:
-    """The launches that are compiled for every chip by `cross_compile`: the shapes of the benchmark."""
+    """The launches that are compiled for every chip by `cross_compile`: the shapes of the benchmark.
+
+    Every kind of scan at the short shape; at the others, which differ in the size of a block alone or scan blocks in
+    parallel, those of the benchmark.
+    """
     launches = {}
     for sequences, length in ((272, 300), (1024, 8192), (1, 1 << 20)):
         x = torch.empty(sequences * length, device="meta")
@@ -414,15 +418,15 @@ def shipped_launches() -> dict:
         cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
         group = torch.empty(sequences, dtype=torch.int64, device="meta")
         shape = f"{sequences}x{length}"
-        for name, chosen in (("", None), (" masked", mask)):
-            if name and length == 8192:
-                continue  # as 272x300, but for the size of a block
+        for name, chosen in (("", None), (" masked", mask)) if length != 8192 else (("", None),):
             args = (cu_seqlens, chosen, 0.9)
             launches[f"discounted_returns{name} {shape}"] = lambda x=x, a=args: discounted_returns(x, *a, False)
             launches[f"gae{name} {shape}"] = lambda x=x, a=args: gae(x, x, *a, 0.95)
-            launches[f"gae backward{name} {shape}"] = lambda x=x, a=args: gae_backward(x, x, *a, 0.95)
-        for baseline in _MEAN_OF if sequences > 1 else ():
+            if length == 300:
+                launches[f"gae backward{name} {shape}"] = lambda x=x, a=args: gae_backward(x, x, *a, 0.95)
+        for baseline in {300: tuple(_MEAN_OF), 8192: ("last_token",)}.get(length, ()):
             launches[f"group_advantages {baseline} {shape}"] = lambda x=x, c=cu_seqlens, g=group, b=baseline: (
                 group_advantages(x, c, g, 0.9, b, 1e-6, 0.0)
             )
+    launches["discounted_returns backward 1x1048576"] = lambda: discounted_returns(x, cu_seqlens, None, 0.9, True)
     return launches

@@ -84,9 +84,11 @@ def pairwise_of(z: Tensor, weights: Tensor, cu_seqlens: Tensor, pairs: Tensor, m
     s is a sequence's mean logit weighted by `weights`. A pair counts when both its sequences have weight.
     """
     segments = segment_ids(cu_seqlens, z.numel())
-    zeros = z.new_zeros(pairs.numel())
-    mass = zeros.index_add(0, segments, weights)
-    score = zeros.index_add(0, segments, weights * z) / torch.where(mass > 0, mass, 1.0)
+    w = weights.double()  # a sequence's sums, and the few numbers after them, in double
+    zeros = w.new_zeros(pairs.numel())
+    mass = zeros.index_add(0, segments, w)
+    safe_mass = torch.where(mass > 0, mass, 1.0)
+    score = zeros.index_add(0, segments, w * z) / safe_mass
     expert = pairs.clamp(min=0)
     counts = (pairs >= 0) & (mass > 0) & (mass[expert] > 0)
     share = counts / counts.sum().clamp(min=1)
@@ -94,7 +96,7 @@ def pairwise_of(z: Tensor, weights: Tensor, cu_seqlens: Tensor, pairs: Tensor, m
     loss = torch.where(counts, share * -logsigmoid(-shortfall), 0.0).sum()
     pull = torch.where(counts, share * torch.sigmoid(shortfall), 0.0)
     score_slope = pull.index_add(0, expert, -pull)  # + for the perturbed sequence, - for its expert
-    return loss, (score_slope / torch.where(mass > 0, mass, 1.0))[segments] * weights
+    return loss.to(z.dtype), ((score_slope / safe_mass)[segments] * w).to(z.dtype)
 
 
 def _sum_rows(slope: Tensor, hidden: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:

@@ -332,7 +332,7 @@ def _fused(
     device = head.hidden.device
     gradients = _allocate(head, need_hidden, need_weight)
     loss = torch.zeros((), dtype=torch.float32, device=device)
-    logits, slopes = torch.empty((2, num_rows), dtype=torch.float32, device=device).unbind(0)
+    logits, slopes = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
     if not num_rows:
         return loss, logits, gradients, slopes
     programs = _programs(num_rows, tile, device)
@@ -465,13 +465,13 @@ def shipped_launches() -> dict:
                            (4096, True)):  # fmt: skip
         args = head(width, indexed)
         name = f"{'action' if indexed else 'linear'} H={width}"
-        for loss in ("bce",) if indexed else ("bce", "pairwise"):
+        for loss in ("bce", "pairwise") if width in (896, 4096) else ("bce",):
             launches[f"discriminator_loss {loss} {name}"] = lambda a=args, loss=loss: discriminator_loss(
                 *a[:3], vector, vector, *a[3:], *segments, loss, 0.1, 1.0, True, True
             )
-        launches[f"token_rewards {name}"] = lambda a=args: token_rewards(*a, "gail", 1.0, 5.0)
-        launches[f"scale_gradients {name}"] = lambda a=args: scale_gradients_(list(a[:3]), vector[0])
-        if width in (896, 4096):
+        if width in (896, 4096):  # the other tiles depend on the width less
+            launches[f"token_rewards {name}"] = lambda a=args: token_rewards(*a, "gail", 1.0, 5.0)
+            launches[f"scale_gradients {name}"] = lambda a=args: scale_gradients_(list(a[:3]), vector[0])
             launches[f"token_rewards backward {name}"] = lambda a=args: token_rewards_backward(
                 vector, *a, "logd", 1.0, None, True, True
             )

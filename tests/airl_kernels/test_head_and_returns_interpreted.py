@@ -1,0 +1,52 @@
+"""The tests of the token head and of returns once more, with the Triton kernels in place of torch.
+
+Triton decides at import whether it interprets, so the run has its own process. `head_cases.py` puts the launchers
+behind the ops there.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+WHICH_KERNELS = """
+import torch, tests.airl_kernels.head_cases, airl_kernels
+from triton.runtime.interpreter import GridExecutor
+names, call = [], GridExecutor.__call__
+def record(self, *args, **kwargs):
+    names.append(self.fn.__name__)
+    return call(self, *args, **kwargs)
+GridExecutor.__call__ = record
+hidden = torch.randn(3, 4, requires_grad=True)
+ones = torch.ones(3)
+(airl_kernels.discriminator_loss(hidden, torch.randn(4), torch.zeros(1), ones, ones)[0] * 2).backward()
+cu_seqlens, group = torch.tensor([0, 2, 3]), torch.zeros(2, dtype=torch.int64)
+airl_kernels.group_advantages(ones, cu_seqlens, group, 0.9, baseline="all_tokens")
+print(*names)
+"""
+
+
+def interpreted(*arguments: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "AIRL_KERNELS_NATIVE": "0", "PYTHONPATH": paths}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested on this machine's GPU")
+@pytest.mark.parametrize("name", ["test_token_head.py", "test_returns.py"])
+def test_kernels_under_the_interpreter(name):
+    run = interpreted("-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/airl_kernels/{name}")
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout
+
+
+def test_the_interpreter_runs_the_kernels():
+    """What the runs above rely on: CPU tensors really meet the kernels there."""
+    run = interpreted("-c", WHICH_KERNELS)
+    expected = "_fused_kernel _reduce_kernel _scale_kernel _moments_kernel _scan_kernel"
+    assert run.stdout.strip() == expected, run.stderr[-2000:]

@@ -1,0 +1,437 @@
+"""token_rewards and discriminator_loss: values and gradients against float64, edges, autograd, compile, errors."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from airl_kernels import discriminator_loss, token_head, token_rewards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import grad, gradcheck
+
+from tests.airl_kernels.head_cases import (
+    DEVICES,
+    DTYPES,
+    EXAMPLES,
+    INTERPRETED,
+    ROWS,
+    SEEDS,
+    Head,
+    assert_all_as_careful,
+    expected_loss,
+    expected_rewards,
+    logits,
+    make_head,
+    worst,
+)
+
+KINDS = ("logit", "gail", "logd")
+LOSSES = ("bce", "wgan", "pairwise")
+SHAPES = {
+    "linear": {},
+    "linear without bias, with offset": {"bias": None, "offset": True},
+    "one row of the weight per token": {"vocabulary": 11, "bias": 11, "offset": True},
+    "one row of the weight, one bias": {"vocabulary": 11},
+    "width of one tile and a bit": {"rows": 37, "width": 519},
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+devices = pytest.mark.parametrize("device", DEVICES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+not_a_kernel = pytest.mark.skipif(INTERPRETED, reason="does not reach a Triton kernel")
+
+
+def loss_of(head: Head, loss: str = "bce", **options) -> tuple[torch.Tensor, torch.Tensor]:
+    return discriminator_loss(
+        *head.args, head.targets, head.weights, **head.extra, loss=loss,
+        cu_seqlens=head.cu_seqlens, pairs=head.pairs, **options,
+    )  # fmt: skip
+
+
+# ---- against float64 -------------------------------------------------------------------------------------------
+
+
+@devices
+@dtypes
+@shapes
+@pytest.mark.parametrize("kind", KINDS)
+def test_rewards_and_their_gradients(kind, shape, dtype, device):
+    runs = []
+    for seed in SEEDS:
+        head = make_head(dtype=dtype, device=device, seed=seed, **shape)
+        exact = head.cast(torch.float64)
+        incoming = torch.randn(head.hidden.shape[0], generator=torch.Generator().manual_seed(seed)).to(device)
+        ours = token_rewards(*head.args, **head.extra, kind=kind, temperature=0.7, clip=3.0)
+        assert ours.dtype == torch.float32
+        rewards = ours, expected_rewards(head, kind, 0.7, 3.0), expected_rewards(exact, kind, 0.7, 3.0)
+        leaves = head.leaves, head.leaves, exact.leaves
+        runs.append([(r, *grad(r, x, incoming.to(r.dtype))) for r, x in zip(rewards, leaves, strict=True)])
+        assert [t.dtype for t in runs[-1][0][1:]] == [dtype] * len(head.leaves)
+    assert_all_as_careful(runs)
+
+
+@devices
+@dtypes
+@shapes
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "scale", [0.3] if INTERPRETED else [1.0, 0.3]
+)  # 1 takes the gradients as the forward pass left them
+def test_loss_and_its_gradients(scale, loss, shape, dtype, device):
+    runs = []
+    for seed in SEEDS:
+        head = make_head(dtype=dtype, device=device, seed=seed, **shape)
+        exact, live = head.cast(torch.float64), head.weights != 0
+        value, z = loss_of(head, loss, label_smoothing=0.1, margin=0.5)
+        assert not z.requires_grad
+        assert not z[~live].any()
+        run = [(value, z[live], *grad(value * scale, head.leaves))]
+        for version in (head, exact):
+            value = expected_loss(version, loss, 0.1, 0.5)
+            run.append((value, logits(version)[live], *grad(value * scale, version.leaves)))
+        runs.append(run)
+    assert_all_as_careful(runs)
+
+
+@devices
+def test_rows_of_the_weight_that_many_tokens_share(device):
+    """Runs of one row over several chunks of the scatter kernel: begun, passed through and ended."""
+    head = make_head(rows=150, width=20, vocabulary=6, bias=6, device=device)
+    index = torch.tensor([4] * 5 + [2] * 100 + [5] * 31 + [0] * 13 + [3], device=device)
+    head = replace(head, index=index[torch.randperm(150, generator=torch.Generator().manual_seed(2)).to(device)])
+    exact = head.cast(torch.float64)
+    values = loss_of(head)[0], expected_loss(head, "bce", 0.0, 1.0), expected_loss(exact, "bce", 0.0, 1.0)
+    gradients = [grad(v, x) for v, x in zip(values, (head.leaves, head.leaves, exact.leaves), strict=True)]
+    assert_all_as_careful([gradients])
+    assert not gradients[0][1][1].any()  # no token uses row 1
+
+
+@devices
+def test_a_whole_batch_in_every_program(device):
+    """More tiles than programs, so that every program walks over several and keeps its part of d weight."""
+    runs = []
+    for seed in SEEDS:
+        head = make_head(rows=20000 if device == "cuda" else 700, width=64, device=device, seed=seed)
+        exact = head.cast(torch.float64)
+        values = loss_of(head)[0], expected_loss(head, "bce", 0.0, 1.0), expected_loss(exact, "bce", 0.0, 1.0)
+        leaves = head.leaves, head.leaves, exact.leaves
+        runs.append([(v, *grad(v, x)) for v, x in zip(values, leaves, strict=True)])
+    assert_all_as_careful(runs)
+
+
+# ---- edges -----------------------------------------------------------------------------------------------------
+
+
+@devices
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("vocabulary", [None, 5])
+def test_rows_of_weight_zero_are_not_read(vocabulary, loss, device):
+    clean = make_head(vocabulary=vocabulary, device=device)
+    dead = clean.weights == 0
+    poisoned = replace(clean, hidden=clean.hidden.detach().masked_fill(dead[:, None], torch.nan).requires_grad_())
+    gradients = []
+    for head in (clean, poisoned):
+        value, z = loss_of(head, loss)
+        gradients.append((value, z, *grad(value, head.leaves)))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    assert bool((gradients[0][2][dead] == 0).all())
+
+
+@devices
+@pytest.mark.parametrize("loss", LOSSES)
+def test_all_rows_masked(loss, device):
+    head = make_head(device=device)
+    head = replace(head, weights=torch.zeros_like(head.weights))
+    value, z = loss_of(head, loss)
+    assert value.item() == 0
+    assert not z.any()
+    assert not any(g.any() for g in grad(value, head.leaves))
+
+
+@devices
+@pytest.mark.parametrize("vocabulary", [None, 5])
+def test_no_rows(vocabulary, device):
+    head = make_head(rows=0, vocabulary=vocabulary, device=device)
+    head = replace(head, cu_seqlens=head.cu_seqlens.new_zeros(8))
+    rewards = token_rewards(*head.args, **head.extra)
+    assert rewards.shape == (0,)
+    for loss in LOSSES:
+        value, z = loss_of(head, loss)
+        assert value.item() == 0
+        assert z.shape == (0,)
+        assert [tuple(g.shape) for g in grad(value, head.leaves)] == [tuple(t.shape) for t in head.leaves]
+
+
+@devices
+@pytest.mark.parametrize("size", [50.0, 1e4, 2.0**100, torch.inf])
+def test_very_large_and_infinite_logits(size, device):
+    offset = torch.tensor([size, -size, size, -size], device=device, requires_grad=True)
+    hidden, weight = torch.ones(4, 3, device=device), torch.zeros(3, device=device)
+    targets, weights = torch.tensor([1.0, 0.0, 0.0, 1.0], device=device), torch.full((4,), 0.25, device=device)
+    sure, _ = discriminator_loss(hidden[:2], weight, None, targets[:2], weights[:2], offset=offset[:2])
+    assert sure.item() == pytest.approx(0.0, abs=1e-20)  # right and certain costs nothing
+    wrong, z = discriminator_loss(hidden, weight, None, targets, weights, offset=offset)
+    assert wrong.item() == pytest.approx(size / 2)
+    assert torch.equal(z, offset)
+    assert grad(wrong, offset)[0].tolist() == pytest.approx([0.0, 0.0, 0.25, -0.25], abs=1e-20)
+    smoothed, _ = discriminator_loss(hidden, weight, None, targets, weights, offset=offset, label_smoothing=0.1)
+    assert grad(smoothed, offset)[0].tolist() == pytest.approx([0.0125, -0.0125, 0.2375, -0.2375])
+    rewards = {kind: token_rewards(hidden, weight, offset=offset, kind=kind).tolist() for kind in KINDS}
+    assert rewards["logit"] == [size, -size, size, -size]
+    assert rewards["gail"] == pytest.approx([size, 0.0, size, 0.0], abs=1e-20)
+    assert rewards["logd"] == pytest.approx([0.0, -size, 0.0, -size], abs=1e-20)
+    assert token_rewards(hidden, weight, offset=offset, clip=2.0).tolist() == [2.0, -2.0, 2.0, -2.0]
+
+
+@devices
+def test_small_probabilities_keep_their_digits(device):
+    """log D near 0 is -exp(-z): log(1 + exp(-z)) rounded through 1 would give 0 beyond z = 17."""
+    z = torch.tensor([5.0, 12.0, 20.0, 40.0], device=device)
+    rewards = token_rewards(torch.zeros(4, 2, device=device), torch.zeros(2, device=device), offset=z, kind="logd")
+    exact = torch.nn.functional.logsigmoid(z.double())
+    assert float(((rewards - exact) / exact).abs().max()) < 1e-6
+
+
+@devices
+def test_non_contiguous_inputs(device):
+    head = make_head(device=device)
+    straight = loss_of(head)[0]
+    wide = torch.zeros(head.hidden.shape[0], 2 * head.hidden.shape[1], device=device)
+    wide[:, ::2] = head.hidden.detach()
+    padded = torch.zeros(head.hidden.shape[0], head.hidden.shape[1] + 3, device=device)
+    padded[:, 3:] = head.hidden.detach()
+    for hidden in (wide[:, ::2], padded[:, 3:], head.hidden.detach().t().contiguous().t()):
+        other = replace(
+            head, hidden=hidden.detach().requires_grad_(), weight=head.weight.detach().repeat(2, 1).t()[:, 0],
+            targets=head.targets.repeat(2, 1).t()[:, 0], weights=head.weights.repeat(2, 1).t()[:, 0],
+        )  # fmt: skip
+        value = loss_of(other)[0]
+        assert torch.allclose(value, straight, rtol=1e-6)
+        mine, theirs = grad(value, other.hidden)[0], grad(loss_of(head)[0], head.hidden)[0]
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-9)
+        assert torch.allclose(token_rewards(*other.args), token_rewards(*head.args), rtol=1e-5, atol=1e-5)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------
+
+
+@not_a_kernel
+@pytest.mark.parametrize("vocabulary", [None, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_rewards(kind, vocabulary):
+    head = make_head(rows=9, width=4, vocabulary=vocabulary, bias=vocabulary or 1, offset=True).cast(torch.float64)
+
+    def call(h, w, b, o):
+        return token_rewards(h, w, b, index=head.index, offset=o, kind=kind, temperature=0.6, clip=2.5)
+
+    assert gradcheck(call, head.leaves)
+
+
+@not_a_kernel
+@pytest.mark.parametrize("vocabulary", [None, 5])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck_loss(loss, vocabulary):
+    head = make_head(rows=17, width=4, vocabulary=vocabulary, bias=vocabulary or 1, offset=True).cast(torch.float64)
+
+    def call(h, w, b, o):
+        return loss_of(replace(head, hidden=h, weight=w, bias=b, offset=o), loss, label_smoothing=0.2)[0]
+
+    assert gradcheck(call, head.leaves)
+
+
+@devices
+def test_backward_twice_gives_the_same_gradients(device):
+    head = make_head(device=device, offset=True)
+    value, _ = loss_of(head)
+    scaled = value * 0.3
+    first = [g.clone() for g in grad(scaled, head.leaves, retain_graph=True)]
+    for a, b in zip(first, grad(scaled, head.leaves), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@devices
+def test_only_what_is_asked_for(device):
+    """A frozen backbone or a frozen head costs no gradient of its own, and no_grad none at all."""
+    head = make_head(device=device)
+    full = grad(loss_of(head)[0], head.leaves)
+    frozen_backbone = replace(head, hidden=head.hidden.detach())
+    frozen_head = replace(head, weight=head.weight.detach(), bias=head.bias.detach())
+    assert all(
+        torch.equal(a, b) for a, b in zip(grad(loss_of(frozen_backbone)[0], head.leaves[1:]), full[1:], strict=True)
+    )
+    assert torch.equal(grad(loss_of(frozen_head)[0], head.hidden)[0], full[0])
+    with torch.no_grad():
+        value, _ = loss_of(head)
+        assert not value.requires_grad
+        assert torch.equal(value, loss_of(head)[0])
+        assert not token_rewards(*head.args).requires_grad
+
+
+@devices
+@pytest.mark.parametrize("vocabulary", [None, 5])
+def test_gradients_are_bit_equal_from_run_to_run(vocabulary, device):
+    head = make_head(rows=80 if INTERPRETED else 300, vocabulary=vocabulary, device=device)
+    runs = [grad(loss_of(head)[0], head.leaves) for _ in range(3)]
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+def test_the_graph_is_freed():
+    """The forward pass's gradients live on the node; no cycle may keep them after the loss is gone."""
+    head = make_head()
+    gc.collect()
+    gc.disable()
+    try:
+        value, _ = loss_of(head)
+        node = value.grad_fn
+        kept = weakref.ref(node.gradients[0])
+        del value, node
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+# ---- torch.library and torch.compile ---------------------------------------------------------------------------
+
+
+@not_a_kernel
+@devices
+def test_opcheck(device):
+    head = make_head(rows=24, width=8, vocabulary=4, bias=4, offset=True, device=device)
+    slopes = torch.randn(24, device=device)
+    calls = {
+        "token_rewards": (*head.args, head.index, head.offset, "gail", 0.5, 1.0),
+        "token_rewards_backward": (slopes, *(t.detach() for t in head.args), head.index, None, "logd", 0.5, None, True,
+                                   True),
+        "head_gradients": (slopes, *(t.detach() for t in head.args), head.index, True, True),
+        "scale_gradients_": ([torch.randn(3, device=device)], torch.tensor(2.0, device=device)),
+        "discriminator_loss": (*head.args, head.targets, head.weights, head.index, head.offset, head.cu_seqlens,
+                               head.pairs, "pairwise", 0.1, 1.0, True, True),
+    }  # fmt: skip
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.airl_kernels, name).default, arguments)
+
+
+@not_a_kernel
+@devices
+def test_compile_whole(device):
+    head = make_head(device=device, offset=True)
+
+    def run(hidden, weight, bias, offset):
+        version = replace(head, hidden=hidden, weight=weight, bias=bias, offset=offset)
+        rewards = token_rewards(*version.args, **version.extra, kind="gail", clip=2.0)
+        return loss_of(version, "bce", label_smoothing=0.1)[0] * 0.5 + loss_of(version, "pairwise")[0] + rewards.mean()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    eager_value, value = run(*head.leaves), compiled(*head.leaves)
+    assert torch.allclose(eager_value, value)
+    for a, b in zip(grad(eager_value, head.leaves), grad(value, head.leaves), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
+
+
+# ---- properties ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    rows=st.integers(0, 70), width=st.integers(1, 90), vocabulary=st.none() | st.integers(1, 9),
+    loss=st.sampled_from(LOSSES), smoothing=st.floats(0, 1), seed=st.integers(0, 2**20),
+)  # fmt: skip
+def test_loss_of_any_shape(rows, width, vocabulary, loss, smoothing, seed):
+    head = make_head(rows, width, vocabulary=vocabulary, seed=seed)
+    exact = head.cast(torch.float64)
+    value, _ = loss_of(head, loss, label_smoothing=smoothing)
+    truth = expected_loss(exact, loss, smoothing, 1.0)
+    assert value.item() == pytest.approx(truth.item(), rel=1e-5, abs=1e-5)
+    for mine, theirs in zip(grad(value, head.leaves), grad(truth, exact.leaves, allow_unused=True), strict=True):
+        if theirs is not None and theirs.numel():
+            assert worst(mine, theirs) < 1e-4
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.integers(0, 2**20), st.sampled_from(("bce", "wgan")))
+def test_loss_does_not_depend_on_the_order_of_rows(seed, loss):
+    head = make_head(rows=60, vocabulary=4, seed=seed)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+    shuffled = replace(
+        head,
+        hidden=head.hidden[order],
+        index=head.index[order],
+        targets=head.targets[order],
+        weights=head.weights[order],
+    )
+    assert torch.allclose(loss_of(head, loss)[0], loss_of(shuffled, loss)[0], rtol=1e-5, atol=1e-7)
+    mine, theirs = grad(loss_of(head, loss)[0], head.weight)[0], grad(loss_of(shuffled, loss)[0], head.weight)[0]
+    assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------
+
+
+class Wrapped(torch.nn.Module):
+    weight = torch.zeros(40)
+
+
+def bad_calls() -> dict:
+    h, w, b = make_head().args
+    y = torch.ones(h.shape[0])
+    return {
+        "shape [N, H]": (ValueError, lambda: token_rewards(h[None], w, b)),
+        "weight must have shape [40]": (ValueError, lambda: token_rewards(h, w[:3], b)),
+        "weight must have shape [V, 40]": (ValueError, lambda: token_rewards(h, w, b, index=y.long())),
+        "index must be torch.int64": (TypeError, lambda: token_rewards(h, w.expand(3, 40), b, index=y.int())),
+        "bias must hold one value": (ValueError, lambda: token_rewards(h, w, y)),
+        "must be a torch.Tensor, got Wrapped": (TypeError, lambda: token_rewards(h, Wrapped(), b)),
+        "quantised weights": (TypeError, lambda: token_rewards(h, w.to(torch.int8), b)),
+        "one of logit, gail, logd; got 'reward'": (ValueError, lambda: token_rewards(h, w, b, kind="reward")),
+        "temperature must be above 0": (ValueError, lambda: token_rewards(h, w, b, temperature=0)),
+        "clip must be above 0": (ValueError, lambda: token_rewards(h, w, b, clip=-1.0)),
+        "one of bce, wgan, pairwise": (ValueError, lambda: discriminator_loss(h, w, b, y, y, loss="hinge")),
+        "needs cu_seqlens and pairs": (ValueError, lambda: discriminator_loss(h, w, b, y, y, loss="pairwise")),
+        "targets must have a floating dtype": (TypeError, lambda: discriminator_loss(h, w, b, y.long(), y)),
+        f"weights must have shape [{ROWS}]": (ValueError, lambda: discriminator_loss(h, w, b, y, y[:2])),
+        "label_smoothing must be within": (ValueError, lambda: discriminator_loss(h, w, b, y, y, label_smoothing=2.0)),
+        f"offset must have shape [{ROWS}]": (ValueError, lambda: token_rewards(h, w, b, offset=y[:1])),
+    }
+
+
+@not_a_kernel
+@pytest.mark.parametrize("message", bad_calls())
+def test_bad_input_is_one_sentence(message):
+    error, call = bad_calls()[message]
+    with pytest.raises(error) as caught:
+        call()
+    text = str(caught.value)
+    assert message in text
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
+@not_a_kernel
+def test_an_unlike_weight_subclass_is_refused():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    weight = TwoTensor(torch.zeros(40), torch.zeros(40))
+    with pytest.raises(TypeError, match="weight is a TwoTensor; pass a plain tensor"):
+        token_rewards(make_head().hidden, weight)
+
+
+def test_reference_and_op_agree_on_what_is_empty():
+    """What is not needed comes back empty, so that nothing of the size of hidden is written for nobody."""
+    head = make_head()
+    outputs = token_head._discriminator_loss(
+        *(t.detach() for t in head.args),
+        head.targets,
+        head.weights,
+        None,
+        None,
+        None,
+        None,
+        "bce",
+        0.1,
+        1.0,
+        False,
+        False,
+    )
+    assert [t.numel() for t in outputs] == [1, ROWS, 0, 0, 0, ROWS]
