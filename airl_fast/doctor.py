@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
@@ -303,22 +303,20 @@ def _backends(torch: ModuleType | None) -> Iterator[Check]:
 
 
 def _native() -> Check:
-    """Whether the operations run in C++ or in plain torch on the CPU."""
+    """Whether the operations run in C++ or in plain torch on the CPU, and why."""
     try:
-        importlib.import_module("airl_kernels")
+        native = importlib.import_module("airl_kernels.native")
     except Exception as error:
         advice = "install the project again (make setup)"
         value = f"airl_kernels does not import: {error}"
         return Check(section="Kernels", name="CPU operations", value=value, status="fail", advice=advice)
-    if importlib.util.find_spec("airl_kernels.native") is None:
-        return Check(section="Kernels", name="CPU operations", value="plain torch")
-    native: Any = importlib.import_module("airl_kernels.native")
-    if native.is_available():
+    state = native.status()
+    if state.available:
         return Check(section="Kernels", name="CPU operations", value="C++")
     return Check(
         section="Kernels",
         name="CPU operations",
-        value="plain torch, because the C++ kernels are not built",
+        value=f"plain torch: {state.reason}",
         status="note",
-        advice="correct but slower; build them as the README says",
+        advice="correct but slower; with a C++ compiler, make setup builds them",
     )

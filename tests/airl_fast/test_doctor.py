@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from airl_kernels import native
 from packaging.specifiers import SpecifierSet
 
 from airl_fast import doctor
@@ -171,3 +174,14 @@ def test_only_torch_is_imported() -> None:
         text=True,
     )
     assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_says_whether_the_native_operations_run(tmp_path):
+    """Against what the library itself says, in a process with and in one without them."""
+    code = "from airl_fast import doctor; print(doctor.render(doctor.collect()))"
+    switched_off = os.environ | {"AIRL_KERNELS_NATIVE": "0"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=switched_off, check=True)
+    assert "plain torch: AIRL_KERNELS_NATIVE=0 is set." in shown.stdout
+    if native.status().available:
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert re.search(r"CPU operations\s+C\+\+", shown.stdout)
