@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """argparse takes all overrides in one place only; `train tiny --run-name x seed=1 --dry-run steps=3` is fine too."""
+    """argparse takes all overrides in one place only; `train tiny --run-name x seed=1 --dry-run` is fine too."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
