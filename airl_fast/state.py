@@ -13,7 +13,7 @@ def save_state(directory: Path, step: int, lab: Lab, replay: Replay) -> Path:
     parts = {
         "policy": lab.policy.lm.model.state_dict(),
         "policy_optimiser": lab.policy.optimiser.state_dict(),
-        "replay": [[asdict(example), asdict(trace)] for example, trace in replay.kept],
+        "replay": [[asdict(example), asdict(trace) | {"kind": int(trace.kind)}] for example, trace in replay.kept],
     }
     if lab.reward is not None:
         parts["discriminator"] = lab.reward.model.state_dict()
