@@ -1,4 +1,4 @@
-// One row of a matrix at a time: dot products and scaled sums, in the accumulation type.
+// One row of a matrix at a time: dot products and scaled sums in the accumulation type.
 #pragma once
 
 #include <cstring>
@@ -11,25 +11,46 @@ namespace airl_kernels {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// A number of a row in the accumulation type; bfloat16 is the upper half of a float.
+AIRL_INLINE float widened(float x) { return x; }
+AIRL_INLINE double widened(double x) { return x; }
+AIRL_INLINE float widened(c10::BFloat16 x) {
+  const uint32_t wide = uint32_t(x.x) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
 // Sums run in 32 lanes that are joined at the end: fast, and rounding errors stay small.
-template <typename T>
-AIRL_INLINE T dot_body(const T* a, const T* b, int64_t n) {
+template <typename T, typename Acc>
+AIRL_INLINE Acc dot_body(const T* a, const Acc* b, int64_t n) {
   constexpr int64_t kLanes = 32;
-  T lanes[kLanes] = {};
+  Acc lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
 #pragma omp simd
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += a[i + j] * b[i + j];
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += widened(a[i + j]) * b[i + j];
   }
-  for (int64_t j = 0; i + j < n; ++j) lanes[j] += a[i + j] * b[i + j];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  }
-  return lanes[0];
+  for (int64_t j = 0; i + j < n; ++j) lanes[j] += widened(a[i + j]) * b[i + j];
+  Acc sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < kLanes; ++j) sum += lanes[j];
+  return sum;
 }
 
-AIRL_CLONES static float dot(const float* a, const float* b, int64_t n) { return dot_body(a, b, n); }
-AIRL_CLONES static double dot(const double* a, const double* b, int64_t n) { return dot_body(a, b, n); }
+template <typename T, typename Acc>
+AIRL_INLINE void add_scaled_body(Acc s, const T* a, Acc* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] += s * widened(a[i]);
+}
+
+#define AIRL_CLONED(T, Acc)                                                                            \
+  AIRL_CLONES static Acc dot(const T* a, const Acc* b, int64_t n) { return dot_body(a, b, n); }        \
+  AIRL_CLONES static void add_scaled(Acc s, const T* a, Acc* to, int64_t n) { add_scaled_body(s, a, to, n); }
+AIRL_CLONED(float, float)
+AIRL_CLONED(double, double)
+AIRL_CLONED(c10::BFloat16, float)
+#undef AIRL_CLONED
 
 AIRL_CLONES static void scale(float s, const float* a, float* to, int64_t n) {
 #pragma omp simd
@@ -41,23 +62,9 @@ AIRL_CLONES static void scale(double s, const double* a, double* to, int64_t n) 
   for (int64_t i = 0; i < n; ++i) to[i] = s * a[i];
 }
 
-AIRL_CLONES static void add_scaled(float s, const float* a, float* to, int64_t n) {
+AIRL_CLONES static void widen(const c10::BFloat16* from, float* to, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] += s * a[i];
-}
-
-AIRL_CLONES static void add_scaled(double s, const double* a, double* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] += s * a[i];
-}
-
-// bfloat16 is the upper half of a float.
-AIRL_CLONES static void widen(const uint16_t* bits, float* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t wide = uint32_t(bits[i]) << 16;
-    std::memcpy(&to[i], &wide, sizeof(wide));
-  }
+  for (int64_t i = 0; i < n; ++i) to[i] = widened(from[i]);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
@@ -78,7 +85,7 @@ const Acc* row(const T* matrix, int64_t index, int64_t width, Acc* buffer) {
   if constexpr (std::is_same_v<T, Acc>) {
     return from;
   } else {
-    widen(reinterpret_cast<const uint16_t*>(from), buffer, width);
+    widen(from, buffer, width);
     return buffer;
   }
 }

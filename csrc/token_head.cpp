@@ -100,18 +100,17 @@ class Walk {
 
   // d weight and d bias of the action head: every row of weight gets its tokens in their order.
   void add_indexed(Acc* d_rows, Acc* d_bias) const {
-    std::vector<Acc> buffer(width_);
     for (int64_t t = 0; t < rows_; ++t) {
       if (slopes[t] == 0) continue;
-      add_scaled(slopes[t], row(hidden_, t, width_, buffer.data()), d_rows + index_[t] * width_, width_);
+      add_scaled(slopes[t], hidden_ + t * width_, d_rows + index_[t] * width_, width_);
       if (d_bias) d_bias[index_[t]] += slopes[t];
     }
   }
 
  private:
   struct Buffers {
-    explicit Buffers(int64_t width) : hidden(width), weight(width), gradient(width), sum(width) {}
-    std::vector<Acc> hidden, weight, gradient, sum;
+    explicit Buffers(int64_t width) : weight(width), gradient(width), sum(width) {}
+    std::vector<Acc> weight, gradient, sum;
   };
 
   const Acc* weight_of(int64_t t, const Acc* shared, Buffers& buffers) const {
@@ -124,7 +123,7 @@ class Walk {
         logits[t] = 0;
         continue;
       }
-      Acc z = dot(row(hidden_, t, width_, buffers.hidden.data()), weight_of(t, shared, buffers), width_);
+      Acc z = dot(hidden_ + t * width_, weight_of(t, shared, buffers), width_);
       if (bias_) z += bias_[per_row_bias_ ? index_[t] : 0];
       if (offset_) z += offset_[t];
       logits[t] = z;
@@ -141,7 +140,7 @@ class Walk {
         } else if (d_hidden) {
           write_scaled(s, weight_of(t, shared, buffers), d_hidden + t * width_, buffers.gradient.data(), width_);
         }
-        if (part && s != 0) add_scaled(s, row(hidden_, t, width_, buffers.hidden.data()), buffers.sum.data(), width_);
+        if (part && s != 0) add_scaled(s, hidden_ + t * width_, buffers.sum.data(), width_);
       }
       if (part) add_scaled(Acc(1), buffers.sum.data(), part, width_);
     }

@@ -331,10 +331,10 @@ def _fused(
     num_rows, width = head.hidden.shape
     device = head.hidden.device
     gradients = _allocate(head, need_hidden, need_weight)
-    loss = torch.zeros((), dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
     logits, slopes = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
     if not num_rows:
-        return loss, logits, gradients, slopes
+        return loss.zero_(), logits, gradients, slopes
     programs = _programs(num_rows, tile, device)
     dense_weight = need_weight and head.index is None
     partial_weight = torch.empty((programs, width), dtype=torch.float32, device=device) if dense_weight else None

@@ -140,6 +140,25 @@ def test_rows_of_weight_zero_are_not_read(vocabulary, loss, device):
 
 
 @devices
+@pytest.mark.parametrize("vocabulary", [None, 5])
+def test_a_row_without_slope_adds_nothing_whatever_it_holds(vocabulary, device):
+    """A clipped reward has no slope; its row's infinity must not become NaN as 0 · inf."""
+    head = make_head(vocabulary=vocabulary, device=device)
+    overflowing = head.hidden.detach().clone()
+    overflowing[3] = torch.where(overflowing[3] > 0, torch.inf, 0.0)
+    head = replace(head, hidden=overflowing.requires_grad_(), weight=head.weight.detach().abs().requires_grad_())
+    rewards = token_rewards(*head.args, **head.extra, clip=4.0)
+    assert rewards[3] == 4.0
+    d_hidden, d_weight, d_bias = grad(rewards.sum(), head.leaves)
+    assert not d_hidden[3].any()
+    live = rewards.detach().abs() < 4.0
+    assert d_bias.item() == pytest.approx(float(live.sum()))
+    kept = replace(head, hidden=overflowing.detach().masked_fill(~live[:, None], 0.0))
+    expected = grad(token_rewards(*kept.args, **kept.extra)[live].sum(), kept.weight)[0]
+    assert torch.allclose(d_weight, expected, rtol=1e-5, atol=1e-6)
+
+
+@devices
 @pytest.mark.parametrize("loss", LOSSES)
 def test_all_rows_masked(loss, device):
     head = make_head(device=device)
