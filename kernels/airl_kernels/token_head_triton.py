@@ -220,7 +220,7 @@ class Tile:
 
 
 # Columns a tile spans: rows, warps and resident programs of the fused kernel. The sums over a row cross all warps.
-_FUSED = {512: (8, 4, 4), 1024: (4, 4, 4), 2048: (2, 4, 4), 4096: (2, 4, 2), 8192: (2, 8, 1)}
+_FUSED = {512: (8, 4, 4), 1024: (4, 4, 4), 2048: (2, 4, 3), 4096: (2, 4, 2), 8192: (2, 8, 1)}
 
 
 def rewards_tile(indexed: bool) -> Tile:
