@@ -48,19 +48,12 @@ class BuildNative(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        openmp = "-fopenmp" if sys.platform == "linux" else "-fopenmp-simd"  # at::parallel_for runs serially without
         objects = self.compiler.compile(
             [os.path.relpath(source) for source in SOURCES],
             output_dir=str(Path(self.build_temp).resolve()),
             include_dirs=include_paths(),
-            extra_postargs=[
-                "-O3",
-                "-g0",
-                "-std=c++20",
-                "-fPIC",
-                "-fopenmp-simd",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-            ],
+            extra_postargs=["-O3", "-g0", "-std=c++20", "-fPIC", openmp, "-fno-math-errno", "-fno-trapping-math"],
         )
         self.compiler.link_shared_object(
             objects,
@@ -68,6 +61,7 @@ class BuildNative(build_ext):
             libraries=["c10", "torch_cpu"],
             library_dirs=library_paths(),
             runtime_library_dirs=library_paths(),
+            extra_postargs=[openmp],
             target_lang="c++",
         )
 
