@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from airl_fast.errors import UserError
 
@@ -14,10 +15,10 @@ PRESETS = Path(__file__).parent / "presets"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Imports happen in the commands, so that `--help` answers at once."""
-    arguments = _parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and data are local directories; nothing is ever fetched
     try:
+        arguments = _parse(argv)
         return arguments.command(arguments)
     except UserError as error:
         print(f"airl-fast: {error}", file=sys.stderr)
@@ -27,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, as for every other mistake, in place of the usage."""
+        raise UserError(f"{message}; see `{self.prog} --help`.")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +48,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="airl-fast", description="Learn reasoning rewards from demonstrations by adversarial inverse RL."
     )
     parser.add_argument("--version", action="version", version=_version())

@@ -209,13 +209,13 @@ def fit_context(
             )
         fitting = [example for example, tokens in zip(fitting, needed, strict=True) if tokens <= context]
     count = len(examples) - len(fitting)
+    if count and not fitting:
+        raise UserError(f"{excess}, and none of the {count} fits; lower rollout.max_new_tokens or change the model.")
     if count and config.data.too_long == "error":
         raise UserError(
             f"{excess} ({count} of {len(examples)} prompts are too long); lower rollout.max_new_tokens, "
             "or leave such prompts out with data.too_long=drop."
         )
-    if count and not fitting:
-        raise UserError(f"{excess}, and none of the {count} fits; lower rollout.max_new_tokens or change the model.")
     if count:
         say(f"{count} of {len(examples)} {split} prompts left out (data.too_long=drop): {excess}")
     return fitting

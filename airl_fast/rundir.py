@@ -236,7 +236,7 @@ def _take(path: Path) -> IO[str]:
 
 
 def _unwritable(path: Path, error: OSError) -> str:
-    return f"{path}: cannot be written: {error.strerror}; free space or rights there, or choose another --run-dir."
+    return f"{path}: cannot be written: {error.strerror}; free space or rights there, or choose another output_dir."
 
 
 def _compare(saved: Path, config: Mapping[str, Any], changeable: Collection[str]) -> None:
