@@ -43,7 +43,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.words += rest
+        arguments.words = [*arguments.words, *rest]
     return arguments
 
 
@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         action = data.add_parser(name, help=text)
         action.add_argument("task", help="a task's name, or a JSON Lines file")
-        action.add_argument("words", nargs="*", metavar="key=value", help="path=FOLDER, or an option of the task")
+        action.add_argument(
+            "words", nargs="*", default=[], metavar="key=value", help="path=FOLDER, or an option of the task"
+        )
         action.add_argument("--split", choices=("train", "dev", "test", "warmstart"), default="train")
         action.add_argument("-n", type=int, help="how many to print (default: 3), or at most to write (default: all)")
         action.add_argument("-o", "--out", help="file to write (prepare)")
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a preset (`airl-fast presets`) or a YAML file")
-    parser.add_argument("words", nargs="*", metavar="a.b=v", help="values that replace the configuration's")
+    parser.add_argument("words", nargs="*", default=[], metavar="a.b=v", help="values that replace the configuration's")
 
 
 def _version() -> str:

@@ -101,7 +101,12 @@ class ChatFormat:
         return tokens[: tokens.index(self.end_of_turn)] if self.end_of_turn in tokens else tokens
 
     def _encode(self, text: str, split_special_tokens: bool = False) -> list[int]:
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            verbose=False,  # lengths are checked against the model's context elsewhere
+        )
         return encoded["input_ids"]
 
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
