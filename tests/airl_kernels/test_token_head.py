@@ -20,11 +20,11 @@ from tests.airl_kernels.head_cases import (
     SEEDS,
     Head,
     assert_all_as_careful,
+    errors,
     expected_loss,
     expected_rewards,
     logits,
     make_head,
-    worst,
 )
 
 KINDS = ("logit", "gail", "logd")
@@ -68,7 +68,7 @@ def test_rewards_and_their_gradients(kind, shape, dtype, device):
         leaves = head.leaves, head.leaves, exact.leaves
         runs.append([(r, *grad(r, x, incoming.to(r.dtype))) for r, x in zip(rewards, leaves, strict=True)])
         assert [t.dtype for t in runs[-1][0][1:]] == [dtype] * len(head.leaves)
-    assert_all_as_careful(runs)
+    assert_all_as_careful(runs, terms=0.1 * head.hidden.shape[0])
 
 
 @devices
@@ -365,7 +365,7 @@ def test_loss_of_any_shape(rows, width, vocabulary, loss, smoothing, seed):
     assert value.item() == pytest.approx(truth.item(), rel=1e-5, abs=1e-5)
     for mine, theirs in zip(grad(value, head.leaves), grad(truth, exact.leaves, allow_unused=True), strict=True):
         if theirs is not None and theirs.numel():
-            assert worst(mine, theirs) < 1e-4
+            assert errors(mine, theirs)[1] < 1e-4
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
