@@ -68,7 +68,7 @@ def test_rewards_and_their_gradients(kind, shape, dtype, device):
         leaves = head.leaves, head.leaves, exact.leaves
         runs.append([(r, *grad(r, x, incoming.to(r.dtype))) for r, x in zip(rewards, leaves, strict=True)])
         assert [t.dtype for t in runs[-1][0][1:]] == [dtype] * len(head.leaves)
-    assert_all_as_careful(runs, terms=0.1 * head.hidden.shape[0])
+    assert_all_as_careful(runs, terms=0.3 * head.hidden.shape[0])  # mean |incoming · slope|
 
 
 @devices
