@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from airl_fast.config import OptimConfig
 from airl_fast.models.load import LanguageModel, wrap
@@ -13,7 +13,6 @@ from airl_fast.optim import Optimiser, make_optimiser
 from airl_fast.types import Kind, Trace
 
 CPU = torch.device("cpu")
-CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 EVERYTHING = 1 << 20  # a micro-batch budget that cuts nothing
 
 
@@ -22,7 +21,8 @@ def language_model(
 ) -> LanguageModel:
     """Two layers, four query heads on two key heads, weights wide enough that no distribution is nearly uniform."""
     torch.manual_seed(seed)
-    config = CONFIGS[architecture](
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=vocab_size,
         hidden_size=16,
         num_hidden_layers=2,

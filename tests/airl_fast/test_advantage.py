@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -206,3 +207,6 @@ def test_grpo_adds_up_its_signals_and_compares_them_in_the_group():
     root = math.sqrt(3)
     assert found == pytest.approx([2 / root] * 2 + [-1 / root] * 4, rel=1e-6)
     assert grpo.advantages([1.0, 1.0, 1.0], pack(traces, CPU), eps=1e-6).tolist() == [0.0] * 6
+    other = [replace(t, group=1) for t in traces[:2]]  # another prompt's rewards do not count here
+    both = grpo.advantages([1.0, 0.0, 0.0, 50.0, 60.0], pack(traces + other, CPU), eps=0.0).tolist()
+    assert both == pytest.approx([2 / root] * 2 + [-1 / root] * 4 + [-math.sqrt(0.5)] * 2 + [math.sqrt(0.5)] * 2)

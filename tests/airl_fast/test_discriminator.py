@@ -331,6 +331,7 @@ def test_scores_are_the_formulas_and_change_with_the_update(head):
 
 def test_a_spectral_norm_bounds_every_row_and_scoring_leaves_it_alone():
     model, batch = discriminator("action", **LOSSES["wgan spectral norm"]), batch_of()
+    assert torch.equal(model.score(batch), model.score(batch))
     optimiser = plain_optimiser(model.parameters(), 0.1)
     for _ in range(20):
         model.update(batch, optimiser)

@@ -272,9 +272,24 @@ def test_a_gradient_that_is_not_finite_skips_the_step(value):
 
 def test_what_the_log_shows():
     batch = rollout(0.7)
-    one = policy(temperature=0.7)
+    batch = shifted(batch, torch.randn(batch.num_loss_tokens) * 0.2)
+    reference = language_model(seed=9, spread=0.25)
+    one = policy(temperature=0.7, reference=reference, kl_coef=0.1)
     model = copy.deepcopy(one.lm.model).double()
     stats = one.update(batch, torch.randn(batch.num_loss_tokens))
+    kept = batch.per_token(batch.kind == Kind.POLICY)
+    now = torch.cat(sequence_logprobs(model, batch, 0.7))[kept]
+    start = torch.cat(sequence_logprobs(reference.model.double(), batch, 0.7))[kept]
+    sampler = batch.behaviour_logprobs[kept].double()
+
+    def k3(ratio):  # an estimate of KL(p || q) from the ratio q / p on samples of p
+        return (ratio - 1 - ratio.log()).mean().item()
+
+    assert stats.kl_to_start.item() == pytest.approx(k3((start - now).exp()), rel=1e-4)
+    assert stats.mismatch_kl.item() == pytest.approx(k3((now - sampler).exp()), rel=1e-4)
+    assert stats.approx_kl.item() == pytest.approx(stats.mismatch_kl.item(), rel=1e-4)  # one epoch: the same two
+    assert stats.mismatch_max_ratio.item() == pytest.approx((now - sampler).exp().max().item(), rel=1e-4)
+    assert gradients(batch, torch.zeros(batch.num_loss_tokens))[1].kl_to_start.isnan()
     entropies = []
     for tokens, count, kind in zip(
         batch.tokens.split(batch.lengths), batch.loss_lengths, batch.kind.tolist(), strict=True
@@ -283,7 +298,6 @@ def test_what_the_log_shows():
             logp = (model(input_ids=tokens[None]).logits[0, -count - 1 : -1] / 0.7).log_softmax(-1)
             entropies.append(-(logp.exp() * logp).sum(-1))
     assert stats.entropy.item() == pytest.approx(torch.cat(entropies).mean().item(), abs=1e-5)
-    assert stats.kl_to_start.isnan()
 
 
 def test_learning_raises_what_is_rewarded():
