@@ -177,6 +177,33 @@ def test_a_stopped_warm_start_begins_again(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(run)] == [1]
 
 
+def stopped_at(tmp_path: Path, message: str, *more: str) -> str:
+    """What a run says after SIGTERM arrives just as it says `message`."""
+    with running(tmp_path, "steps=1", *more) as process:
+        while not (line := process.stderr.readline()).startswith(message):
+            assert line, f"ended before it said {message!r}"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 130 and "Traceback" not in said
+    assert (tmp_path / "run" / POLICY).is_dir()  # training was complete
+    return said
+
+
+def test_a_run_stops_while_it_waits_for_baselines(tmp_path: Path) -> None:
+    said = stopped_at(tmp_path, "wait for the baselines sft", "evaluate.baselines=[sft]")
+    assert "stopped by SIGTERM: training is complete; continue with --resume auto." in said
+    assert not (tmp_path / "run" / "baselines" / "sft" / POLICY).exists()  # and the baseline with it
+
+
+def test_a_run_stops_while_it_evaluates_and_evaluates_when_continued(tmp_path: Path) -> None:
+    final = "evaluate.final=true"
+    said = stopped_at(tmp_path, "evaluate the start policy", final)
+    assert "stopped by SIGTERM: training is complete; evaluate with --resume auto." in said
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train(*words(tmp_path, "steps=1", final), "--resume", "auto")
+    assert (tmp_path / "run" / "summary.json").is_file() and len(metrics(tmp_path / "run")) == 1
+
+
 def test_a_baseline_ends_with_the_run_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a killed run could not be continued: its baseline's directory would be in use."""
     if sys.platform != "linux":
