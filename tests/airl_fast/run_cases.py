@@ -18,7 +18,7 @@ DATA = Path(os.environ.get("AIRL_DATA") or Path(__file__).resolve().parents[3] /
 
 # One or two operations instead of four or five: short traces, and a start policy that is sometimes right.
 EASY = (
-    "threads=1", "data.options={min_ops: 1, max_ops: 2, train_size: 40, dev_size: 16, test_size: 16}",
+    "device=cpu", "threads=1", "data.options={min_ops: 1, max_ops: 2, train_size: 40, dev_size: 16, test_size: 16}",
     "data.num_experts=40", "data.num_dev=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4",
     "rollout.max_new_tokens=40", "discriminator.warmup_steps=4", "discriminator.warmup_prompts=8",
     "discriminator.warmup_batch=8", "evaluate.prompts=8", "evaluate.samples=5", "evaluate.every=0",

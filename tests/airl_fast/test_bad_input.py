@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from airl_fast.artifacts import START
 from airl_fast.cli import main
@@ -80,7 +81,6 @@ def test_a_wrong_value_names_its_key_and_what_it_may_be(refuse: Refuse, word: st
         (["data.task=arithmetics"], "unknown task 'arithmetics': did you mean 'arithmetic'?"),
         (["data.options={min_op: 1}"], "task 'arithmetic' has no option 'min_op': did you mean 'min_ops'?"),
         (["data.path=x"], "task 'arithmetic' generates its prompts and reads no file: remove data.path."),
-        (["device=cuda:99"], "device=cuda:99: this machine has no"),
         (["device=tpu"], "use auto, cpu or cuda"),
         (["--run-name", "a/b"], "--run-name 'a/b': use letters, digits, '-', '_' and '.' only."),
         (["--resume", "/no/where"], "--resume /no/where: there is no such directory; give a run"),
@@ -92,6 +92,11 @@ def test_a_wrong_value_names_its_key_and_what_it_may_be(refuse: Refuse, word: st
 )
 def test_a_wrong_choice_names_the_right_ones(refuse: Refuse, words: list[str], expected: str) -> None:
     assert expected in refuse(*words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_a_gpu_that_is_not_there(refuse: Refuse) -> None:
+    assert refuse("device=cuda") == "device=cuda: this machine has no usable CUDA GPU; use device=auto or device=cpu."
 
 
 def test_an_unknown_preset_or_file_is_named(refuse: Refuse, tmp_path: Path) -> None:
