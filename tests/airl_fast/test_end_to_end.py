@@ -331,10 +331,10 @@ def test_gsm8k_goes_through_every_stage(tmp_path: Path) -> None:
         pytest.skip(f"no GSM8K at {data}; set AIRL_DATA to the folder with the published data")
     train(
         f"data.path={data}", "device=cpu", "steps=2", "warm_start.updates=3", "warm_start.batch_size=2",
-        "warm_start.examples=60", "data.num_experts=12", "data.num_dev=4", "model.build.hidden_size=32", "model.build.layers=2",
-        "model.build.intermediate_size=64", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2",
-        "rollout.max_new_tokens=24", "discriminator.warmup_steps=2", "discriminator.warmup_prompts=4",
-        "evaluate={prompts: 4, samples: 2, baselines: []}", f"output_dir={tmp_path}", "--run-name", "g",
+        "warm_start.examples=60", "data.num_experts=12", "data.num_dev=4", "model.build.hidden_size=32",
+        "model.build.layers=2", "model.build.intermediate_size=64", "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2", "rollout.max_new_tokens=24", "discriminator.warmup_steps=2",
+        "discriminator.warmup_prompts=4", "evaluate={prompts: 4, samples: 2, baselines: []}", f"output_dir={tmp_path}", "--run-name", "g",
         config="gsm8k-tiny",
     )  # fmt: skip
     run = tmp_path / "g"
