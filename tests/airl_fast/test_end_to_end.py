@@ -334,8 +334,8 @@ def test_gsm8k_goes_through_every_stage(tmp_path: Path) -> None:
         "warm_start.examples=60", "data.num_experts=12", "data.num_dev=4", "model.build.hidden_size=32",
         "model.build.layers=2", "model.build.intermediate_size=64", "rollout.prompts_per_step=2",
         "rollout.samples_per_prompt=2", "rollout.max_new_tokens=24", "discriminator.warmup_steps=2",
-        "discriminator.warmup_prompts=4", "evaluate={prompts: 4, samples: 2, baselines: []}", f"output_dir={tmp_path}", "--run-name", "g",
-        config="gsm8k-tiny",
+        "discriminator.warmup_prompts=4", "evaluate={prompts: 4, samples: 2, baselines: []}",
+        f"output_dir={tmp_path}", "--run-name", "g", config="gsm8k-tiny",
     )  # fmt: skip
     run = tmp_path / "g"
     assert [line["step"] for line in metrics(run)] == [1, 2]
