@@ -1,6 +1,6 @@
-"""The one configuration: typed, frozen, validated. A preset is a YAML file of these keys; docs/config.md lists them.
+"""The one configuration: typed, frozen, validated. A preset is a YAML file of these keys.
 
-Every default is the paper's (arXiv 2510.01857, section 4 and appendix) unless the field's comment says otherwise.
+Defaults follow the paper (arXiv 2510.01857) where it gives a value; what it does not have is off.
 """
 
 from typing import Annotated, Any, Literal
