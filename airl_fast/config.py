@@ -43,10 +43,24 @@ class BuildConfig(Section):
     max_length: Positive = 256
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) through PEFT; the paper's values."""
+
+    rank: Positive = 128
+    alpha: Positive = 32
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
 class ModelConfig(Section):
     path: str | None = None  # a local Hugging Face directory: config, weights, fast tokenizer
     build: BuildConfig | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantise: Literal["nf4"] | None = None  # bitsandbytes; the frozen weights under the adapters
+    lora: LoraConfig | None = None  # None trains every weight
+    gradient_checkpointing: bool = False
+    attention: Literal["auto", "flash_attn", "torch_flash", "sdpa"] = "auto"
+    share_prompts: bool = True  # compute a group's prompt once
     trust_remote_code: bool = False
     chat_template: str | None = None  # a Jinja template used when the tokenizer brings none
 
@@ -67,13 +81,14 @@ class WarmStartConfig(Section):
 
 
 class OptimConfig(Section):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"  # the 8-bit ones are bitsandbytes'
     learning_rate: Rate = 1e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Fraction = 0.1
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     weight_decay: Rate = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    tokens_per_micro_batch: Positive = 65_536  # padded tokens of one forward; larger batches accumulate gradients
+    tokens_per_micro_batch: Positive = 65_536  # tokens of one forward; larger batches accumulate gradients
 
 
 class PolicyConfig(Section):
@@ -82,11 +97,16 @@ class PolicyConfig(Section):
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     kl_coef: Rate = 0.0  # weight of KL(policy || start policy), k3 estimator in the loss
+    importance_sampling: Literal["none", "token", "sequence"] = "none"  # of trainer against sampler, truncated
+    importance_ceiling: Annotated[float, Field(gt=0)] = 2.0
     expert_in_policy: Literal["none", "one", "balanced"] = "one"
 
 
 class DiscriminatorConfig(Section):
     path: str = "policy"  # "policy" copies the start policy's backbone; else a local model directory
+    quantise: Literal["nf4"] | None = None
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
     head: Literal["linear", "action", "logprob"] = "linear"
     action_rank: Count = 0  # 0: a full [V, H] table; r > 0: U[y] = A E[y] of rank r over the token embedding
     loss: Literal["bce", "wgan", "pairwise"] = "bce"
@@ -107,6 +127,7 @@ class DiscriminatorConfig(Section):
     warmup_samples: Positive = 2
     warmup_batch: Positive = 16  # prompts per warm-up update
     updates_per_step: Count = 1  # 0 freezes it: an untrained reward, the control
+    overlap: bool = False  # update it beside the next rollout: rewards come from the discriminator of a step before
     head_lr_scale: Annotated[float, Field(gt=0)] = 1.0
     optim: OptimConfig = OptimConfig()
 
@@ -138,7 +159,9 @@ class AdvantageConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["builtin"] = "builtin"
+    engine: Literal["builtin", "vllm"] = "builtin"
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # vLLM's share of the device's memory
+    sync_ceiling: Annotated[float, Field(gt=0)] = 0.5  # mean |log-probability difference| that means a stale sampler
     prompts_per_step: Positive = 16
     samples_per_prompt: Annotated[int, Field(ge=1)] = 16
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
