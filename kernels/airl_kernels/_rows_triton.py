@@ -1,5 +1,6 @@
-"""The gradient of the action head's weight: d weight[index_t] += slope_t · hidden_t, without atomics.
+"""Sums of rows by index, without atomics: d weight[index_t] += slope_t · hidden_t.
 
+The gradient of the action head's weight, and, with every slope 1, that of rows that were gathered (`_rows.py`).
 Tokens are sorted by row of the weight, stably, so that every row's tokens are added in their order and the result
 is bit-equal from run to run. Programs take chunks of sorted tokens; a row whose tokens span several chunks is joined
 by a second kernel. A row that very many tokens share is joined serially: at one row for all of 32768 tokens that is
@@ -36,8 +37,11 @@ def _runs_kernel(
     for step in range(last - first + 1):
         position = first + step
         row = tl.load(order + position)
-        slope = tl.load(slopes + row)
-        moves = inside & (tl.full([BLOCK_H], slope, tl.float32) != 0.0)
+        slope = 1.0
+        moves = inside
+        if slopes is not None:
+            slope = tl.load(slopes + row)
+            moves = inside & (tl.full([BLOCK_H], slope, tl.float32) != 0.0)
         h = tl.load(hidden + row * stride_hidden + columns, mask=moves, other=0.0)
         total += slope * h.to(tl.float32)
         bias_total += slope
@@ -87,8 +91,11 @@ def _join_kernel(
             tl.store(d_bias + key, bias_total.to(d_bias.dtype.element_ty))
 
 
-def scatter_rows(hidden: Tensor, index: Tensor, slopes: Tensor, d_weight: Tensor, d_bias: Tensor | None) -> None:
-    """d weight[index_t] += slope_t · hidden_t, in the order of the tokens. hidden: unit column stride."""
+def scatter_rows(hidden: Tensor, index: Tensor, slopes: Tensor | None, d_weight: Tensor, d_bias: Tensor | None) -> None:
+    """d weight[index_t] = Σ slope_t · hidden_t (slopes None: 1), in the order of the tokens; other rows stay.
+
+    hidden: unit column stride. d weight: contiguous.
+    """
     num_rows, width = hidden.shape
     keys, order = torch.sort(index, stable=True)
     chunks, block_h = triton.cdiv(num_rows, _CHUNK), min(1024, max(128, triton.next_power_of_2(width)))
@@ -103,3 +110,28 @@ def scatter_rows(hidden: Tensor, index: Tensor, slopes: Tensor, d_weight: Tensor
         keys, d_weight, d_bias, head_part, tail_part, head_bias, tail_bias, num_rows, chunks, width,
         CHUNK=_CHUNK, BLOCK_H=block_h, num_warps=4,
     )  # fmt: skip
+
+
+# ---- the ops of `_rows.py` ---------------------------------------------------------------------------------------
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    return hidden.index_select(0, rows)
+
+
+def add_rows(gradient: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    total = gradient.new_zeros(num_rows, gradient.shape[1])
+    if gradient.numel():
+        gradient = gradient if gradient.stride(1) == 1 else gradient.contiguous()
+        scatter_rows(gradient, rows.contiguous(), None, total, None)
+    return total
+
+
+def shipped_launches() -> dict:
+    """The launches that `cross_compile` compiles for every chip: gradients of gathered rows at bf16."""
+    rows = torch.empty(16384, dtype=torch.int64, device="meta")
+    launches = {}
+    for width in (896, 3584):
+        gradient = torch.empty((16384, width), dtype=torch.bfloat16, device="meta")
+        launches[f"add_rows H={width}"] = lambda g=gradient: add_rows(g, rows, 32768)
+    return launches

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-FAMILIES = ("token_head", "returns", "logprob", "policy_loss")
+FAMILIES = ("token_head", "returns", "logprob", "policy_loss", "_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

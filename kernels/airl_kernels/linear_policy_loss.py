@@ -164,7 +164,8 @@ def linear_ppo_loss(
 
     hidden: [N, H]. weight: [V, H], bias: [V] or None, same dtype. targets: int64 [M], within 0 and V-1 where the mask
     is true. rows: int64 [M], the rows of hidden that count; every other per-token argument, cu_seqlens and all
-    statistics then refer to these M rows, and no other row reaches a matrix product. None: M is N.
+    statistics then refer to these M rows, and no other row reaches a matrix product. None: M is N. A row may come
+    several times, as the last one of a prompt that several completions share: its gradient is the sum.
     old_logprobs to denominator: as in `ppo_loss`. temperature, softcap, logit_scale, chunk_rows: as in
     `linear_logprob`.
     entropy: report the entropy (one more pass over the logits in registers; no gradient).

@@ -32,6 +32,7 @@ from ._common import (
     require_plain_weight,
     require_shape,
 )
+from ._rows import gather_rows
 
 _NEVER = -800.0  # a log-probability whose exponential is 0 in fp32 and fp64
 
@@ -302,7 +303,8 @@ def linear_logprob(
     """Log-probability of `targets` under softmax of the vocabulary projection of `hidden`.
 
     hidden: [N, H]. weight: [V, H], same dtype. bias: [V] or None, same dtype.
-    rows: int64 [M], the rows of hidden that count; the others reach no matrix product, and targets is [M].
+    rows: int64 [M], the rows of hidden that count; the others reach no matrix product, and targets is [M]. In any
+    order, and a row may come several times: its gradient is the sum, taken in a fixed order in fp32.
     targets: int64 [M] (or [N] without rows), within 0 and V-1. One outside raises IndexError or RuntimeError on
     the CPU and gives NaN on CUDA, where raising would synchronise.
     temperature, softcap, logit_scale: see the formula at the top of this file.
@@ -344,7 +346,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
         require_dtype("rows", rows, torch.int64)
         if rows.dim() != 1:
             raise ValueError(f"rows must have shape [M], got {list(rows.shape)}.")
-        hidden = hidden.index_select(0, rows)
+        hidden = gather_rows(hidden, rows)
     require_shape("targets", targets, hidden.shape[0])
     return hidden
 

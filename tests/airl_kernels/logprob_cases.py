@@ -21,9 +21,20 @@ DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
 
 def use_triton_on_the_cpu() -> None:
     """Make the ops under test run their Triton launchers on CPU tensors (for float32 and below)."""
-    from airl_kernels import linear_policy_loss, logprob, logprob_triton, policy_loss, policy_loss_triton, selective
+    from airl_kernels import (
+        _rows,
+        _rows_triton,
+        linear_policy_loss,
+        logprob,
+        logprob_triton,
+        policy_loss,
+        policy_loss_triton,
+        selective,
+    )
 
     pairs = (
+        (_rows.gather_rows, _rows_triton.gather_rows, _rows.gather_rows_reference),
+        (_rows._add_rows, _rows_triton.add_rows, _rows.add_rows_reference),
         (logprob._linear_logprob, logprob_triton.linear_logprob, logprob.linear_logprob_reference),
         (logprob._linear_logprob_backward, logprob_triton.linear_logprob_backward,
          logprob.linear_logprob_backward_reference),

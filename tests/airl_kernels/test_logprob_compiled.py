@@ -1,4 +1,4 @@
-"""Every launch the two families ship, compiled for A100, H100/H200 and B200: no spills, and it fits the chip."""
+"""Every launch that log-probabilities, policy losses and their rows ship, compiled for A100, H100/H200 and B200: no spills, and it fits the chip."""
 
 import pytest
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 def launches():
     from airl_kernels.cross_compile import shipped_launches
 
-    return shipped_launches(("logprob", "policy_loss"))
+    return shipped_launches(("logprob", "policy_loss", "_rows"))
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -20,6 +20,7 @@ def test_no_kernel_spills_or_outgrows_the_chip(arch):
     reports = [report for name, call in launches().items() for report in cross_compile(name, call, arch)]
     assert {report.kernel for report in reports} == {
         "_stats_kernel", "_gradient_kernel", "_scale_kernel", "_terms_kernel", "_sequence_kernel",
+        "_runs_kernel", "_join_kernel",
     }  # fmt: skip
     assert [f"{report.launch}: {problem}" for report in reports for problem in report.problems] == []
     # The kernels are bound by memory: enough warps must be resident to keep it busy.

@@ -15,6 +15,7 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FILES = (
+    "test_rows.py",
     "test_logprob.py",
     "test_logprob_extremes.py",
     "test_selective.py",
