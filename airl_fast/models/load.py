@@ -12,21 +12,42 @@ from airl_fast.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModel:
-    """A causal LM, its tokenizer and the facts of its output head that the log-probability ops need."""
+    """A causal LM, its tokenizer and the facts of its output head that the log-probability ops need.
+
+    model: always the plain model of transformers. Adapters and 4-bit weights are layers inside it, so every forward
+    of it is the adapted one, and `name_or_path` is the directory its frozen weights came from.
+    num_tokens: ids from here up are padding of the embedding (Qwen2.5 has 271 or 399 of them): no text has them.
+    """
 
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     softcap: float | None
     logit_scale: float
     max_length: int
+    num_tokens: int
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """The model without its output layer: token ids to last hidden states, adapters included."""
+        return self.model.base_model
 
     @property
     def head(self) -> torch.nn.Module:
         return self.model.get_output_embeddings()
 
     @property
+    def head_weight(self) -> torch.Tensor:
+        """[num_tokens, H]: the rows of the output layer that can be sampled, a view."""
+        return self.head.weight[: self.num_tokens]
+
+    @property
+    def head_bias(self) -> torch.Tensor | None:
+        bias = getattr(self.head, "bias", None)
+        return None if bias is None else bias[: self.num_tokens]
+
+    @property
     def device(self) -> torch.device:
-        return self.model.get_output_embeddings().weight.device
+        return self.head.weight.device
 
 
 def check_directory(path: str, key: str) -> Path:
@@ -103,6 +124,8 @@ def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Language
         scale = float(text.logit_scale)
     elif getattr(text, "logits_scaling", None) is not None:  # Granite divides
         scale = 1.0 / float(text.logits_scaling)
+    rows = model.get_output_embeddings().weight.shape[0]
+    known = rows if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
     model.eval()  # no dropout anywhere: the ratio to the sampler's log-probabilities must be exact
     return LanguageModel(
         model=model,
@@ -110,6 +133,7 @@ def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Language
         softcap=getattr(text, "final_logit_softcapping", None),
         logit_scale=scale,
         max_length=int(text.max_position_embeddings),
+        num_tokens=min(known, rows),
     )
 
 
