@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from airl_fast.lab import Lab
-from airl_fast.models.load import LanguageModel
 from airl_fast.pack import pack
-from airl_fast.rollout import builtin
+from airl_fast.rollout.engine import SyncStats
 from airl_fast.types import Example, Kind, Trace, TraceBatch
 
 
@@ -22,17 +21,23 @@ class RolloutStats:
     truncated: float
 
 
-def sample_traces(
-    lab: Lab, lm: LanguageModel, prompts: Sequence[Example], per_prompt: int, step: int, purpose: str
-) -> list[Trace]:
-    """`per_prompt` traces of each prompt, prompt after prompt; a trace's group is its prompt's place."""
+def sample_traces(lab: Lab, prompts: Sequence[Example], per_prompt: int, step: int, purpose: str) -> list[Trace]:
+    """`per_prompt` traces of each prompt, prompt after prompt, drawn with the weights that the engine was given last;
+    a trace's group is its prompt's place."""
     tokens = [lab.maker.prompt_tokens(example) for example in prompts]
-    groups = builtin.sample(lm, tokens, per_prompt, lab.sampling(step, purpose))
+    groups = lab.engine.sample(tokens, per_prompt, lab.sampling(step, purpose))
     return [
         lab.maker.sampled(example, group, drawn)
         for group, (example, samples) in enumerate(zip(prompts, groups, strict=True))
         for drawn in samples
     ]
+
+
+def synchronise(lab: Lab, version: str) -> dict[str, SyncStats]:
+    """Give the engine the policy as it stands, and make sure that it took it. Returns what there is to log."""
+    lab.engine.push(lab.policy.lm, version)
+    stats = lab.engine.check(lab.policy.lm)
+    return {} if stats is None else {"sync": stats}
 
 
 def rollout_stats(traces: Sequence[Trace]) -> RolloutStats:

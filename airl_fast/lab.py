@@ -18,7 +18,8 @@ from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, load_language_model, wrap
 from airl_fast.optim import Optimiser, make_optimiser
 from airl_fast.policy import Policy
-from airl_fast.rollout.builtin import SamplingParams
+from airl_fast.rollout.builtin import Builtin
+from airl_fast.rollout.engine import Engine, SamplingParams
 from airl_fast.traces import TraceMaker
 from airl_fast.types import Example
 
@@ -45,13 +46,15 @@ class Reward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lab:
-    """start: the frozen start policy. reward: None unless the algorithm is AIRL."""
+    """start: the frozen start policy. engine: the sampler of the policy, the built-in one unless a run replaces it.
+    reward: None unless the algorithm is AIRL."""
 
     config: Config
     material: Material
     maker: TraceMaker
     policy: Policy
     start: LanguageModel
+    engine: Engine
     reward: Reward | None
 
     def sampling(self, step: int, purpose: str = "rollout") -> SamplingParams:
@@ -140,7 +143,15 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         reference=reference,
     )
     reward = make_reward(config, maker, start, device) if config.algorithm == "airl" else None
-    lab = Lab(config=config, material=material, maker=maker, policy=policy, start=start, reward=reward)
+    lab = Lab(
+        config=config,
+        material=material,
+        maker=maker,
+        policy=policy,
+        start=start,
+        engine=Builtin(policy_lm),
+        reward=reward,
+    )
     fitting = replace(
         material,
         train=tuple(fit_context(lab, material.train, "training", say, demonstrations=True)),

@@ -11,7 +11,7 @@ import torch
 
 from airl_fast import baselines
 from airl_fast.artifacts import POLICY, REWARD, START, load_policy, save_policy, save_reward
-from airl_fast.batches import Replay, rollout_stats, sample_traces
+from airl_fast.batches import Replay, rollout_stats, sample_traces, synchronise
 from airl_fast.checkpoint import SignalGuard
 from airl_fast.config import Config
 from airl_fast.data.task import Task
@@ -122,7 +122,8 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
     if run.resume_from is not None:
         load_state(run.resume_from, lab, replay)
         progress.message(f"continue after step {run.start_step}")
-    elif lab.reward is not None and config.discriminator.warmup_steps:
+    synchronise(lab, f"step {run.start_step}")
+    if run.resume_from is None and lab.reward is not None and config.discriminator.warmup_steps:
         progress.phase("warm-up")
         warm_up_discriminator(lab, _report_warmup(progress, guard))
         save_state(run.checkpoints, 0, lab, replay)
@@ -142,7 +143,7 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
         if not config.evaluate.every or step % config.evaluate.every or not lab.material.dev:
             return {}
         progress.phase("dev")
-        traces = sample_traces(lab, lab.policy.lm, lab.material.dev, 4, step, "dev")
+        traces = sample_traces(lab, lab.material.dev, 4, step, "dev")
         return {"dev": {"pass_at_1": rollout_stats(traces).sample_pass_at_1}}
 
     def done(step: int, result: StepResult, values: dict[str, float]) -> bool:

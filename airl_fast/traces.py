@@ -9,7 +9,7 @@ from airl_fast.data.chat import ChatFormat
 from airl_fast.data.tags import answer_span
 from airl_fast.data.task import Task
 from airl_fast.pack import Boundaries
-from airl_fast.rollout.builtin import Sample
+from airl_fast.rollout.engine import Sample
 from airl_fast.types import Example, Kind, Trace
 
 

@@ -16,6 +16,7 @@ from airl_fast.batches import (
     perturbed_traces,
     rollout_stats,
     sample_traces,
+    synchronise,
 )
 from airl_fast.lab import Lab
 from airl_fast.metrics import Metrics
@@ -36,7 +37,7 @@ def airl_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult
     config, reward = lab.config, lab.reward
     prompts = lab.prompts(step)
     with meter.phase("sample"):
-        traces = sample_traces(lab, lab.policy.lm, prompts, config.rollout.samples_per_prompt, step, "rollout")
+        traces = sample_traces(lab, prompts, config.rollout.samples_per_prompt, step, "rollout")
     with meter.phase("perturb"):
         known = expert_traces(lab, prompts) + traces
         perturbed = perturbed_traces(lab, prompts, known, step)
@@ -55,7 +56,9 @@ def airl_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult
         advantage = advantages(rewards, batch, config.advantage, config.reward)
     with meter.phase("policy"):
         policy_stats = lab.policy.update(batch, advantage)
-    records = {"rollout": rollout_stats(traces), "policy": policy_stats}
+    with meter.phase("sync"):
+        synced = synchronise(lab, f"step {step}")
+    records = {"rollout": rollout_stats(traces), "policy": policy_stats, **synced}
     if stats:
         records["discriminator"] = stats[-1]
     return StepResult(records=records, traces=traces, tokens=batch.num_loss_tokens)
@@ -65,16 +68,17 @@ def grpo_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult
     """Group-relative policy optimisation on verifiable rewards: everything but the reward is the AIRL step's."""
     prompts = lab.prompts(step)
     with meter.phase("sample"):
-        traces = sample_traces(lab, lab.policy.lm, prompts, lab.config.rollout.samples_per_prompt, step, "rollout")
+        traces = sample_traces(lab, prompts, lab.config.rollout.samples_per_prompt, step, "rollout")
     with meter.phase("pack"):
         batch = pack_for_policy(lab, traces)
         rewards = grpo.verifiable_rewards(traces, lab.config.grpo)
         advantage = grpo.advantages(rewards, batch, lab.config.advantage.eps)
     with meter.phase("policy"):
         stats = lab.policy.update(batch, advantage)
-    return StepResult(
-        records={"rollout": rollout_stats(traces), "policy": stats}, traces=traces, tokens=batch.num_loss_tokens
-    )
+    with meter.phase("sync"):
+        synced = synchronise(lab, f"step {step}")
+    records = {"rollout": rollout_stats(traces), "policy": stats, **synced}
+    return StepResult(records=records, traces=traces, tokens=batch.num_loss_tokens)
 
 
 def sft_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:

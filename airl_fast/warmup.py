@@ -46,7 +46,7 @@ def warm_up_discriminator(lab: Lab, report: Report) -> None:
         return
     model, bridge = lab.reward.model, lab.reward.bridge
     prompts = list(lab.material.train[: settings.warmup_prompts])
-    samples = batches.sample_traces(lab, lab.start, prompts, settings.warmup_samples, 0, "warmup")
+    samples = batches.sample_traces(lab, prompts, settings.warmup_samples, 0, "warmup")
     experts = batches.expert_traces(lab, prompts)
     optim = settings.optim.model_copy(
         update={"learning_rate": settings.warmup_learning_rate or settings.optim.learning_rate}

@@ -5,33 +5,33 @@ temperature and top-p), which PPO needs as log π_old.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
 from airl_fast.models.load import LanguageModel
+from airl_fast.rollout.engine import Sample, SamplingParams, known_ids
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """tokens: completion ids, end-of-turn last when `finished`. logprobs: one a token."""
+class Builtin:
+    """The sampler as an Engine: it decodes with the trainer's own weights, so a push copies nothing."""
 
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finished: bool
+    name = "builtin"
 
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """temperature 0 is greedy. seed: the draws depend on it, the weights and the prompts alone."""
+    def sample(self, prompts: Sequence[Sequence[int]], per_prompt: int, params: SamplingParams) -> list[list[Sample]]:
+        return sample(self._lm, prompts, per_prompt, params)
 
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    end_token: int
-    seed: int
-    batch_size: int
+    def push(self, lm: LanguageModel, version: str) -> None:
+        self._lm = lm
+
+    def check(self, lm: LanguageModel) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
 
 
 @torch.no_grad()
@@ -68,6 +68,7 @@ def _decode(
     drawn: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
+    known = known_ids(lm)
     for step in range(params.max_new_tokens):
         output = lm.model(
             input_ids=tokens,
@@ -77,7 +78,10 @@ def _decode(
             use_cache=True,
             logits_to_keep=1,
         )
-        chosen, chosen_logprobs = choose(output.logits[:, -1].float(), params.temperature, params.top_p, generator)
+        logits = output.logits[:, -1].float()
+        if known is not None:
+            logits[:, known:] = float("-inf")
+        chosen, chosen_logprobs = choose(logits, params.temperature, params.top_p, generator)
         ended = chosen == params.end_token
         for row, token, logprob, end in zip(
             alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), ended.tolist(), strict=True

@@ -217,7 +217,7 @@ def test_a_step_is_its_stages_one_after_the_other(folders, tmp_path, path, befor
     lab, by_hand = lab_of(folders, **changes), lab_of(folders, **changes)
     run(lab, tmp_path)
     prompts = by_hand.prompts(1)
-    samples = batches.sample_traces(by_hand, by_hand.policy.lm, prompts, 3, 1, "rollout")
+    samples = batches.sample_traces(by_hand, prompts, 3, 1, "rollout")
     known = batches.expert_traces(by_hand, prompts) + samples
     judged = known + batches.perturbed_traces(by_hand, prompts, known, 1)
     assert len(judged) == 3 + 9 + 3

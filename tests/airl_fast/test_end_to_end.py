@@ -20,7 +20,7 @@ from airl_fast.overrides import load_config, read_yaml
 from airl_fast.rundir import read_rollouts
 from tests.airl_fast.run_cases import DATA, EASY, metrics, small_run, train, weights
 
-PHASES = {"sample", "perturb", "pack", "discriminator", "score", "policy"}
+PHASES = {"sample", "perturb", "pack", "discriminator", "score", "policy", "sync"}
 
 
 def same(one: dict, other: dict) -> bool:

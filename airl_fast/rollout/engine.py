@@ -1,0 +1,82 @@
+"""What every sampler is: prompts as token ids in, completions as token ids with their log-probabilities out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from airl_fast.models.load import LanguageModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """tokens: completion ids, end-of-turn last when `finished`. logprobs: one a token, under the distribution it was
+    drawn from (after temperature and top-p)."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """temperature 0 is greedy. seed: the draws depend on it, the weights and the prompts alone."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    end_token: int
+    seed: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncStats:
+    """How far the sampler is from the trainer on the probe, in nats a token.
+
+    difference: mean |log π_sampler - log π_trainer|. moved: mean |change of log π_trainer| since the last check.
+    """
+
+    difference: float
+    moved: float
+
+
+class Engine(Protocol):
+    """A sampler that follows the trained policy. It samples the weights of the last `push`."""
+
+    @property
+    def name(self) -> str:
+        """What runs, for the log."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], per_prompt: int, params: SamplingParams) -> list[list[Sample]]:
+        """`per_prompt` samples of each prompt, grouped by prompt, in the order given. No id without a token."""
+
+    def push(self, lm: LanguageModel, version: str) -> None:
+        """Take over the weights of `lm`. version: names them in messages, such as "step 12"."""
+
+    def check(self, lm: LanguageModel) -> SyncStats | None:
+        """Compare with `lm`, whose weights were pushed last; UserError when the sampler does not hold them.
+
+        None where sampler and trainer share their weights, so that there is nothing to compare.
+        """
+
+    def close(self) -> None:
+        """Give back what the engine holds; it cannot be used afterwards."""
+
+
+def known_ids(lm: LanguageModel) -> int | None:
+    """Ids from here on are rows that pad the model's vocabulary: no token stands for them, so none may be drawn.
+
+    None when the tokenizer knows every id of the model.
+    """
+    if lm.tokenizer is None:
+        return None
+    known = _ids(lm.tokenizer)
+    return known if known < lm.model.config.get_text_config().vocab_size else None
+
+
+@lru_cache(maxsize=8)
+def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    return 1 + max(tokenizer.get_vocab().values())
