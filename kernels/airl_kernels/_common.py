@@ -89,6 +89,10 @@ def triton_kernels(family: str) -> ModuleType:
         raise RuntimeError("airl_kernels needs Triton for CUDA tensors; install the `triton` package.") from error
 
 
+# Every op by name, with what runs for CUDA tensors: launched on CPU tensors, that is a test of the kernels.
+DEFINED: dict[str, tuple[torch.library.CustomOpDef, Callable]] = {}
+
+
 def define_op(family: str, reference: Callable, *, mutates: tuple[str, ...] = ()) -> torch.library.CustomOpDef:
     """The custom op `airl_kernels::<name>` of `<name>_reference`: the reference on every device, Triton on CUDA.
 
@@ -99,11 +103,12 @@ def define_op(family: str, reference: Callable, *, mutates: tuple[str, ...] = ()
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", reference, mutates_args=mutates)
 
     @op.register_kernel("cuda")
-    def _(*args):
+    def on_cuda(*args):
         if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
             return reference(*args)
         return getattr(triton_kernels(family), name)(*args)
 
+    DEFINED[name] = op, on_cuda
     return op
 
 

@@ -7,7 +7,6 @@ once. torch's own `index_add_` on CUDA would add in any order, by atomics in the
 The Triton half is in `_rows_triton.py`.
 """
 
-import torch
 from torch import Tensor
 
 from ._common import accumulate_dtype, define_op

@@ -1,8 +1,7 @@
 """Every launch the token head and returns ship, compiled for A100, H100/H200 and B200 from this machine."""
 
 import pytest
-
-from tests.airl_kernels.head_cases import INTERPRETED
+from airl_kernels.testing import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 

@@ -4,22 +4,25 @@ import pytest
 import torch
 from airl_kernels import linear_logprob, linear_ppo_loss, ppo_loss
 from airl_kernels.linear_policy_loss import _linear_ppo_loss
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from tests.airl_kernels.logprob_cases import (
-    DEVICES,
-    DTYPES,
+from airl_kernels.testing import (
     INTERPRETED,
+    VARIANTS,
+    PolicyTokens,
     assert_as_good_as,
-    head,
+    make_policy_tokens,
+    make_vocabulary_head,
     peak_bytes,
     plain_logprob,
+    plain_loss,
     product_count,
     products,
     wide,
+    with_garbage,
 )
-from tests.airl_kernels.policy_cases import VARIANTS, Tokens, plain_loss, tokens, with_garbage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.airl_kernels.cases import DEVICES, DTYPES
 
 LENGTHS = (9, 1, 0, 14, 16)
 SIZE = sum(LENGTHS)
@@ -29,7 +32,7 @@ def denominator_of(variant: str) -> float | None:
     return 97.0 if variant == "dr_grpo" else None
 
 
-def fused(inputs, case: Tokens, variant: str = "ppo", **options):
+def fused(inputs, case: PolicyTokens, variant: str = "ppo", **options):
     return linear_ppo_loss(
         inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, variant=variant,
         **case.arguments(torch.float32, inputs.hidden.device.type),
@@ -43,13 +46,19 @@ def fused(inputs, case: Tokens, variant: str = "ppo", **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_error_is_within_twice_that_of_careful_torch(device, dtype, variant, frozen, compact):
-    inputs = head(SIZE, 16, 150 if INTERPRETED else 300, dtype=dtype, device=device, bias=True, frozen=frozen)
+    inputs = make_vocabulary_head(
+        SIZE, 16, 150 if INTERPRETED else 300, dtype=dtype, device=device, bias=True, frozen=frozen
+    )
     exact = wide(inputs)
     mapping = {"temperature": 0.8, "softcap": 8.0, "logit_scale": 1.1}
     truth_logprob, truth_entropy = plain_logprob(exact, **mapping)
     careful_logprob, careful_entropy = plain_logprob(inputs, **mapping)
     # Ratios far from the bounds, so that rounding moves no token across one.
-    case = tokens(truth_logprob, LENGTHS, dual_clip=3.0) if variant != "cispo" else tokens(truth_logprob, LENGTHS)
+    case = (
+        make_policy_tokens(truth_logprob, LENGTHS, dual_clip=3.0)
+        if variant != "cispo"
+        else make_policy_tokens(truth_logprob, LENGTHS)
+    )
     case.old_logprobs.copy_(
         truth_logprob.detach().float().double() - torch.tensor([0.0, 0.5, -0.5, 1.5, 0.1]).repeat(SIZE // 5)
     )
@@ -78,9 +87,11 @@ def test_error_is_within_twice_that_of_careful_torch(device, dtype, variant, fro
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_double_precision_equals_the_composition(variant):
-    inputs = head(SIZE, 6, 40, dtype=torch.float64, bias=True)
+    inputs = make_vocabulary_head(SIZE, 6, 40, dtype=torch.float64, bias=True)
     logprob = linear_logprob(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias)
-    arguments = tokens(logprob, LENGTHS).arguments(torch.float64, "cpu") | {"denominator": denominator_of(variant)}
+    arguments = make_policy_tokens(logprob, LENGTHS).arguments(torch.float64, "cpu") | {
+        "denominator": denominator_of(variant)
+    }
     expected, expected_stats = ppo_loss(logprob, **arguments, variant=variant)
     truth = torch.autograd.grad(expected, inputs.leaves())
     for options in ({}, {"chunk_rows": 7}, {"chunk_rows": 7, "compact": True}, {"compact": True}):
@@ -95,8 +106,8 @@ def test_double_precision_equals_the_composition(variant):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_gradcheck(frozen):
-    inputs = head(6, 3, 5, dtype=torch.float64, bias=True, frozen=frozen)
-    case = tokens(plain_logprob(inputs)[0], (4, 2), seed=4)
+    inputs = make_vocabulary_head(6, 3, 5, dtype=torch.float64, bias=True, frozen=frozen)
+    case = make_policy_tokens(plain_logprob(inputs)[0], (4, 2), seed=4)
 
     def run(hidden, *rest):
         weight, bias = rest or (inputs.weight, inputs.bias)
@@ -110,10 +121,10 @@ def test_gradcheck(frozen):
 @pytest.mark.parametrize("variant", ["ppo", "grpo", "gspo"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_are_as_if_the_others_were_not_there(device, variant):
-    inputs = head(3 * SIZE, 8, 50, device=device)
+    inputs = make_vocabulary_head(3 * SIZE, 8, 50, device=device)
     rows = torch.arange(1, 3 * SIZE, 3, device=device)
     targets = inputs.targets[:SIZE]
-    case = tokens(plain_logprob(wide(inputs))[0][:SIZE], LENGTHS)
+    case = make_policy_tokens(plain_logprob(wide(inputs))[0][:SIZE], LENGTHS)
     arguments = case.arguments(torch.float32, device) | {"variant": variant}
     loss, stats = linear_ppo_loss(inputs.hidden, inputs.weight, targets, rows=rows, **arguments)
     picked = inputs.hidden.detach()[rows].requires_grad_()
@@ -131,8 +142,8 @@ def test_rows_are_as_if_the_others_were_not_there(device, variant):
 
 @pytest.mark.parametrize("variant", ["ppo", "grpo"])
 def test_chunks_and_global_denominator_are_independent(variant):
-    inputs = head(SIZE, 8, 60)
-    case = tokens(plain_logprob(inputs)[0], LENGTHS, seed=2)
+    inputs = make_vocabulary_head(SIZE, 8, 60)
+    case = make_policy_tokens(plain_logprob(inputs)[0], LENGTHS, seed=2)
     results = []
     for chunk_rows in (7, SIZE, None) if INTERPRETED else (1, 7, 16, SIZE, None):
         loss, _ = fused(inputs, case, variant, chunk_rows=chunk_rows, denominator=12345.0)
@@ -143,7 +154,7 @@ def test_chunks_and_global_denominator_are_independent(variant):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_to_learn_from(device):
-    inputs = head(6, 8, 50, device=device)
+    inputs = make_vocabulary_head(6, 8, 50, device=device)
     nan, none = torch.full((6,), torch.nan, device=device), torch.zeros(6, dtype=torch.bool, device=device)
     for compact in (False, True):
         loss, stats = linear_ppo_loss(
@@ -153,7 +164,7 @@ def test_nothing_to_learn_from(device):
         assert stats.num_tokens.item() == 0
         assert stats.entropy.item() == 0
         assert not any(g.any() for g in torch.autograd.grad(loss, inputs.leaves()))
-    empty = head(0, 8, 50, device=device)
+    empty = make_vocabulary_head(0, 8, 50, device=device)
     nothing = torch.zeros(0, device=device)
     loss, _ = linear_ppo_loss(empty.hidden, empty.weight, empty.targets, nothing, nothing)
     assert loss.item() == 0
@@ -162,7 +173,7 @@ def test_nothing_to_learn_from(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_impossible_tokens_leave_finite_gradients(device):
-    inputs = head(4, 8, 50, device=device, frozen=True)
+    inputs = make_vocabulary_head(4, 8, 50, device=device, frozen=True)
     bias = torch.zeros(50, device=device)
     bias[10:30] = -torch.inf
     targets = torch.tensor([0, 1, 35, 49], device=device)
@@ -191,8 +202,8 @@ def test_impossible_tokens_leave_finite_gradients(device):
 )  # fmt: skip
 def test_number_of_products(variant, mode, chunk_rows, count):
     rows, width, vocab = 96, 8, 500
-    inputs = head(rows, width, vocab, frozen=mode == "frozen")
-    case = tokens(plain_logprob(inputs)[0], (50, 46))
+    inputs = make_vocabulary_head(rows, width, vocab, frozen=mode == "frozen")
+    case = make_policy_tokens(plain_logprob(inputs)[0], (50, 46))
 
     def run():
         if mode == "no gradient":
@@ -208,7 +219,7 @@ def test_number_of_products(variant, mode, chunk_rows, count):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_compact_keeps_rows_without_gradient_out_of_the_backward_products(frozen):
     rows, width, vocab = 60, 8, 500
-    inputs = head(rows, width, vocab, frozen=frozen)
+    inputs = make_vocabulary_head(rows, width, vocab, frozen=frozen)
     logprob = plain_logprob(inputs)[0].detach()
     advantages, old, mask = torch.ones(rows), logprob.clone(), torch.ones(rows, dtype=torch.bool)
     advantages[:10], old[10:20], mask[20:30] = 0.0, old[10:20] - 1.0, False  # no advantage, clipped, masked
@@ -223,7 +234,7 @@ def test_compact_keeps_rows_without_gradient_out_of_the_backward_products(frozen
 
 @pytest.mark.skipif(INTERPRETED, reason="counts the products of the torch loop, which is the same")
 def test_rows_without_loss_reach_no_product():
-    inputs = head(100, 8, 500)
+    inputs = make_vocabulary_head(100, 8, 500)
     rows = torch.arange(0, 100, 10)
     zeros = torch.zeros(10)
     seen = products(
@@ -238,8 +249,8 @@ def test_rows_without_loss_reach_no_product():
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_temporaries_do_not_grow_with_the_rows(frozen):
     def peak(rows):
-        inputs = head(rows, 4, 4000, frozen=frozen)
-        case = tokens(plain_logprob(inputs)[0], (rows,), masked=False)
+        inputs = make_vocabulary_head(rows, 4, 4000, frozen=frozen)
+        case = make_policy_tokens(plain_logprob(inputs)[0], (rows,), masked=False)
         kept = rows * (4 * 2 + 40) * 4  # d hidden twice, and what is stored per row
         return peak_bytes(lambda: torch.autograd.grad(fused(inputs, case, chunk_rows=16)[0], inputs.leaves())) - kept
 
@@ -252,8 +263,8 @@ def test_temporaries_do_not_grow_with_the_rows(frozen):
 @pytest.mark.skipif(INTERPRETED, reason="checks the registration, which the interpreter replaces")
 @pytest.mark.parametrize(("surrogate", "sequence"), [("clip", False), ("clip", True), ("cispo", False)])
 def test_opcheck(surrogate, sequence):
-    inputs = head(SIZE, 4, 11, bias=True)
-    case = tokens(plain_logprob(inputs)[0], LENGTHS)
+    inputs = make_vocabulary_head(SIZE, 4, 11, bias=True)
+    case = make_policy_tokens(plain_logprob(inputs)[0], LENGTHS)
     old, advantages, ref = (t.float() for t in (case.old_logprobs, case.advantages, case.ref_logprobs))
     columns = (old, advantages, case.mask, advantages.abs(), ref, ref.exp(), case.cu_seqlens if sequence else None)
     settings = (surrogate, (0.2, 0.2, 0.0, 0.1), (0.8, 5.0, 1.0), True, False, 13, (True, True, True))
@@ -265,8 +276,8 @@ def test_opcheck(surrogate, sequence):
 @pytest.mark.skipif(INTERPRETED, reason="the graph is the same")
 @pytest.mark.parametrize("variant", ["grpo", "gspo"])
 def test_compiles_without_a_graph_break(variant):
-    inputs = head(SIZE, 4, 11)
-    case = tokens(plain_logprob(inputs)[0], LENGTHS)
+    inputs = make_vocabulary_head(SIZE, 4, 11)
+    case = make_policy_tokens(plain_logprob(inputs)[0], LENGTHS)
 
     def run(hidden, weight):
         loss, stats = linear_ppo_loss(
@@ -284,8 +295,8 @@ def test_compiles_without_a_graph_break(variant):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_changes_nothing(device):
-    inputs = head(SIZE, 8, 50, device=device, bias=True)
-    case = tokens(plain_logprob(wide(inputs))[0], LENGTHS)
+    inputs = make_vocabulary_head(SIZE, 8, 50, device=device, bias=True)
+    case = make_policy_tokens(plain_logprob(wide(inputs))[0], LENGTHS)
     for compact in (False, True):
         expected, _ = fused(inputs, case, compact=compact)
         truth = torch.autograd.grad(expected, inputs.leaves())
@@ -302,9 +313,9 @@ def test_autocast_changes_nothing(device):
     compact=st.booleans(), masked=st.booleans(),
 )  # fmt: skip
 def test_any_shape_equals_the_composition(variant, lengths, width, vocab, chunk, seed, compact, masked):
-    inputs = head(sum(lengths), width, vocab, seed=seed, bias=True)
+    inputs = make_vocabulary_head(sum(lengths), width, vocab, seed=seed, bias=True)
     logprob = linear_logprob(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias)
-    case = tokens(logprob, tuple(lengths), seed=seed, masked=masked)
+    case = make_policy_tokens(logprob, tuple(lengths), seed=seed, masked=masked)
     expected, _ = ppo_loss(
         logprob, **case.arguments(torch.float32, "cpu"), variant=variant, denominator=denominator_of(variant)
     )
@@ -317,7 +328,7 @@ def test_any_shape_equals_the_composition(variant, lengths, width, vocab, chunk,
 
 
 def test_bad_arguments_are_named():
-    inputs = head(6, 4, 11)
+    inputs = make_vocabulary_head(6, 4, 11)
     ones = torch.ones(6)
     with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor"):
         linear_ppo_loss(inputs.hidden, torch.nn.Linear(4, 11), inputs.targets, ones, ones)

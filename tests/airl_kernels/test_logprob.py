@@ -6,16 +6,11 @@ import pytest
 import torch
 from airl_kernels import linear_logprob
 from airl_kernels.logprob import _linear_logprob, _linear_logprob_backward, scaled
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from tests.airl_kernels.logprob_cases import (
-    DEVICES,
-    DTYPES,
+from airl_kernels.testing import (
     INTERPRETED,
-    Head,
+    VocabularyHead,
     assert_as_good_as,
-    head,
+    make_vocabulary_head,
     peak_bytes,
     plain_log_softmax,
     plain_logprob,
@@ -23,6 +18,10 @@ from tests.airl_kernels.logprob_cases import (
     products,
     wide,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.airl_kernels.cases import DEVICES, DTYPES
 
 OPTIONS = {
     "plain": {},
@@ -33,11 +32,11 @@ OPTIONS = {
 CASES = [(17, option) for option in OPTIONS] + [(50257, "softcap"), (128256, "temperature"), (151936, "plain")]
 
 
-def grads(outputs: torch.Tensor, inputs: Head, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def grads(outputs: torch.Tensor, inputs: VocabularyHead, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad((outputs * weights.to(outputs)).sum(), inputs.leaves())
 
 
-def ours(inputs: Head, **options: object) -> torch.Tensor:
+def ours(inputs: VocabularyHead, **options: object) -> torch.Tensor:
     return linear_logprob(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **options)
 
 
@@ -51,7 +50,7 @@ def ours(inputs: Head, **options: object) -> torch.Tensor:
 def test_error_is_within_twice_that_of_careful_torch(device, dtype, vocab, option, frozen):
     options = OPTIONS[option]
     rows = 33 if vocab == 17 else 2 if INTERPRETED else 5
-    inputs = head(rows, 16, vocab, dtype=dtype, device=device, bias=vocab in (17, 50257), frozen=frozen)
+    inputs = make_vocabulary_head(rows, 16, vocab, dtype=dtype, device=device, bias=vocab in (17, 50257), frozen=frozen)
     exact, weights = wide(inputs), torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
     logprob, entropy = ours(inputs, entropy=True, chunk_rows=4, **options)
     careful, truth = plain_logprob(inputs, **options), plain_logprob(exact, **options)
@@ -73,7 +72,7 @@ def test_error_is_within_twice_that_of_careful_torch(device, dtype, vocab, optio
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_gradcheck(frozen, options, entropy):
-    inputs = head(5, 3, 7, dtype=torch.float64, bias=True, frozen=frozen)
+    inputs = make_vocabulary_head(5, 3, 7, dtype=torch.float64, bias=True, frozen=frozen)
     leaves = inputs.leaves()
 
     def run(*tensors):
@@ -89,9 +88,9 @@ def test_gradcheck(frozen, options, entropy):
 @pytest.mark.parametrize("device", DEVICES)
 def test_frozen_and_trainable_give_the_same_hidden_gradient(device):
     # The bias alone being trainable takes the recomputing path.
-    frozen = head(9, 8, 31, device=device, bias=True, frozen=True)
-    half = Head(frozen.hidden.detach().clone().requires_grad_(), frozen.weight, frozen.bias.clone().requires_grad_(),
-                frozen.targets)  # fmt: skip
+    frozen = make_vocabulary_head(9, 8, 31, device=device, bias=True, frozen=True)
+    leaves = frozen.hidden.detach().clone().requires_grad_(), frozen.bias.clone().requires_grad_()
+    half = VocabularyHead(leaves[0], frozen.weight, leaves[1], frozen.targets)
     weights = torch.randn(9)
     (expected,) = grads(ours(frozen), frozen, weights)
     found, d_bias = grads(ours(half), half, weights)
@@ -103,11 +102,11 @@ def test_frozen_and_trainable_give_the_same_hidden_gradient(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_select_and_their_gradient_returns_to_its_place(device):
-    inputs = head(12, 8, 31, device=device)
+    inputs = make_vocabulary_head(12, 8, 31, device=device)
     rows = torch.tensor([7, 0, 7, 11], device=device)  # a row may count twice
     targets = inputs.targets[:4]
     found = linear_logprob(inputs.hidden, inputs.weight, targets, rows=rows)
-    picked = Head(inputs.hidden[rows], inputs.weight, None, targets)
+    picked = VocabularyHead(inputs.hidden[rows], inputs.weight, None, targets)
     expected, _ = plain_logprob(picked)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
@@ -118,7 +117,7 @@ def test_rows_select_and_their_gradient_returns_to_its_place(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_strided_inputs(device):
-    base = head(10, 12, 40, device=device)
+    base = make_vocabulary_head(10, 12, 40, device=device)
     hidden = base.hidden.detach()[::2, 1::2].requires_grad_()
     weight = base.weight.detach()[:, 1::2].T.contiguous().T.requires_grad_()
     targets = base.targets[::2]
@@ -126,7 +125,7 @@ def test_strided_inputs(device):
     assert not weight.is_contiguous()
     assert not targets.is_contiguous()
     found = linear_logprob(hidden, weight, targets, chunk_rows=2)
-    expected, _ = plain_logprob(Head(hidden, weight, None, targets))
+    expected, _ = plain_logprob(VocabularyHead(hidden, weight, None, targets))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     weights = torch.linspace(-1, 1, 10, device=device)[::2]
     for a, b in zip(
@@ -139,7 +138,7 @@ def test_strided_inputs(device):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_rows(device, frozen):
-    inputs = head(0, 8, 31, device=device, bias=True, frozen=frozen)
+    inputs = make_vocabulary_head(0, 8, 31, device=device, bias=True, frozen=frozen)
     logprob, entropy = ours(inputs, entropy=True)
     assert logprob.shape == entropy.shape == (0,)
     for gradient, leaf in zip(torch.autograd.grad(logprob.sum(), inputs.leaves()), inputs.leaves(), strict=True):
@@ -157,7 +156,7 @@ def test_no_rows(device, frozen):
 )
 def test_number_of_products(mode, count, chunk_rows):
     rows, width, vocab = 96, 8, 500
-    inputs = head(rows, width, vocab, frozen=mode.startswith("frozen"))
+    inputs = make_vocabulary_head(rows, width, vocab, frozen=mode.startswith("frozen"))
 
     def run():
         if mode == "no gradient":
@@ -176,7 +175,7 @@ def test_number_of_products(mode, count, chunk_rows):
 
 @pytest.mark.skipif(INTERPRETED, reason="counts the products of the torch loop, which is the same")
 def test_rows_keep_the_others_out_of_every_product():
-    inputs = head(100, 8, 500)
+    inputs = make_vocabulary_head(100, 8, 500)
     rows = torch.arange(0, 100, 10)
     seen = products(
         lambda: linear_logprob(inputs.hidden, inputs.weight, inputs.targets[:10], rows=rows).sum().backward()
@@ -188,7 +187,7 @@ def test_rows_keep_the_others_out_of_every_product():
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_temporaries_do_not_grow_with_the_rows(frozen):
     def peak(rows):
-        inputs = head(rows, 4, 4000, frozen=frozen)
+        inputs = make_vocabulary_head(rows, 4, 4000, frozen=frozen)
         kept = rows * (4 + 4 * 4) * 4  # J or d hidden, and what is stored per row
         return peak_bytes(lambda: torch.autograd.grad(ours(inputs, chunk_rows=16).sum(), inputs.leaves())) - kept
 
@@ -196,7 +195,7 @@ def test_temporaries_do_not_grow_with_the_rows(frozen):
 
 
 def test_chunks_change_nothing_but_rounding():
-    inputs = head(50, 8, 300, bias=True)
+    inputs = make_vocabulary_head(50, 8, 300, bias=True)
     whole, parts = ours(inputs, chunk_rows=50), ours(inputs, chunk_rows=7)
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
     weights = torch.randn(50)
@@ -208,7 +207,7 @@ def test_weight_gradient_of_many_bf16_chunks_keeps_fp32_sums():
     if INTERPRETED:
         pytest.skip("bf16")
     rows = 512
-    inputs = head(rows, 8, 64, dtype=torch.bfloat16, seed=3)
+    inputs = make_vocabulary_head(rows, 8, 64, dtype=torch.bfloat16, seed=3)
     exact = wide(inputs)
     weights = torch.ones(rows)
     truth = grads(plain_logprob(exact)[0], exact, weights)[1]
@@ -240,7 +239,7 @@ def test_scaling_computes_wide_and_rounds_once(device):
 
 
 def op_inputs(bias: bool) -> tuple:
-    inputs = head(6, 4, 11, bias=bias)
+    inputs = make_vocabulary_head(6, 4, 11, bias=bias)
     return inputs.hidden, inputs.weight, inputs.targets, inputs.bias
 
 
@@ -267,7 +266,7 @@ def test_opcheck(bias):
 @pytest.mark.skipif(INTERPRETED, reason="the graph is the same")
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_compiles_without_a_graph_break(frozen):
-    inputs = head(8, 4, 11, frozen=frozen)
+    inputs = make_vocabulary_head(8, 4, 11, frozen=frozen)
 
     def run(hidden, weight):
         logprob, entropy = linear_logprob(hidden, weight, inputs.targets[:4], rows=torch.arange(0, 8, 2), entropy=True,
@@ -284,7 +283,7 @@ def test_compiles_without_a_graph_break(frozen):
 
 def test_second_derivatives_are_refused():
     for frozen in (False, True):
-        inputs = head(4, 4, 11, frozen=frozen)
+        inputs = make_vocabulary_head(4, 4, 11, frozen=frozen)
         (gradient,) = torch.autograd.grad(ours(inputs).exp().sum(), inputs.hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="no autograd formula"):
             gradient.sum().backward()
@@ -303,7 +302,7 @@ EXAMPLES = 4 if INTERPRETED else 25
     temperature=st.floats(0.1, 10.0), spread=st.floats(0.0, 50.0), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_probabilities_are_a_distribution(rows, width, vocab, chunk, temperature, spread, seed):
-    inputs = head(rows, width, vocab, seed=seed, spread=spread)
+    inputs = make_vocabulary_head(rows, width, vocab, seed=seed, spread=spread)
     with torch.no_grad():
         columns = [
             linear_logprob(
@@ -324,7 +323,7 @@ def test_probabilities_are_a_distribution(rows, width, vocab, chunk, temperature
     temperature=st.floats(0.2, 5.0),
 )  # fmt: skip
 def test_a_constant_added_to_all_logits_changes_nothing(rows, vocab, shift, seed, temperature):
-    inputs = head(rows, 4, vocab, seed=seed)
+    inputs = make_vocabulary_head(rows, 4, vocab, seed=seed)
     with torch.no_grad():
         options = {"temperature": temperature}
         moved = linear_logprob(

@@ -1,8 +1,7 @@
-"""Every launch that log-probabilities, policy losses and their rows ship, compiled for A100, H100/H200 and B200: no spills, and it fits the chip."""
+"""Every launch of log-probabilities, policy losses and rows, compiled for three chips: no spills, and it fits."""
 
 import pytest
-
-from tests.airl_kernels.logprob_cases import INTERPRETED
+from airl_kernels.testing import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 

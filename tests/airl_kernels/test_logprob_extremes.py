@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from airl_kernels import linear_logprob
+from airl_kernels.testing import make_vocabulary_head
 
-from tests.airl_kernels.logprob_cases import DEVICES, head
+from tests.airl_kernels.cases import DEVICES
 
 
 def through_bias(logits: torch.Tensor, targets: list[int], frozen: bool = False, **options) -> tuple:
@@ -64,7 +65,7 @@ def test_infinity_and_nan_give_nan_as_in_torch(device, bad):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_bad_row_stays_alone_and_its_zero_gradient_stays_zero(device, frozen):
-    inputs = head(4, 8, 31, device=device, frozen=frozen)
+    inputs = make_vocabulary_head(4, 8, 31, device=device, frozen=frozen)
     with torch.no_grad():
         inputs.hidden[2] = math.inf
     logprob = linear_logprob(inputs.hidden, inputs.weight, inputs.targets)

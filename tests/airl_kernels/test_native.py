@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from airl_kernels import native, returns, token_head
-
-from tests.airl_kernels.head_cases import INTERPRETED, make_head
+from airl_kernels.testing import INTERPRETED, TokenHead, make_token_head
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the launchers stand where the C++ kernels would")
 built = pytest.mark.skipif(not native.status().available, reason=f"no C++ kernels: {native.status().reason}")
@@ -23,6 +22,10 @@ HEADS = {
     "no rows": {"rows": 0},
     "odd width": {"rows": 70, "width": 131},
 }
+
+
+def make_head(rows: int = 120, width: int = 40, **options) -> TokenHead:
+    return make_token_head(rows, width, **options)
 
 
 def close(ours, reference, dtype: torch.dtype) -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from airl_kernels import ppo_loss
 from airl_kernels.policy_loss import _ppo_loss
+from airl_kernels.testing import INTERPRETED, VARIANTS, make_policy_tokens, plain_loss, with_garbage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.airl_kernels.logprob_cases import DEVICES, INTERPRETED
-from tests.airl_kernels.policy_cases import VARIANTS, plain_loss, tokens, with_garbage
+from tests.airl_kernels.cases import DEVICES
 
 LENGTHS = (7, 1, 0, 12, 20)
 SIZE = sum(LENGTHS)
@@ -34,7 +34,7 @@ def logprobs_of(seed: int = 0, size: int = SIZE) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_variant_matches_its_formula(device, variant, choice, extras, masked):
     exact = logprobs_of().requires_grad_()
-    case = tokens(exact, LENGTHS, masked=masked, extras=extras, **CHOICES[choice])
+    case = make_policy_tokens(exact, LENGTHS, masked=masked, extras=extras, **CHOICES[choice])
     denominator = 333.0 if variant == "dr_grpo" else None
     single = exact.detach().float().to(device).requires_grad_()
     exact = single.detach().cpu().double().requires_grad_()
@@ -77,7 +77,7 @@ def test_sequence_ratio_by_hand():
 @pytest.mark.parametrize("device", DEVICES)
 def test_statistics_are_means_over_loss_tokens(device):
     exact = logprobs_of(1)
-    case = tokens(exact, LENGTHS, seed=5)
+    case = make_policy_tokens(exact, LENGTHS, seed=5)
     _, stats = ppo_loss(exact.float().to(device), **with_garbage(case).arguments(torch.float32, device))
     live, log_ratio = case.mask, exact - case.old_logprobs
     ratio, d = log_ratio.exp(), case.ref_logprobs - exact
@@ -149,7 +149,7 @@ def test_an_infinite_ratio_is_clipped_without_nan(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_strided_inputs(device):
     exact = logprobs_of(4)
-    case = tokens(exact, LENGTHS, seed=4)
+    case = make_policy_tokens(exact, LENGTHS, seed=4)
     dense = case.arguments(torch.float32, device) | {"variant": "gspo"}
 
     def spread(value):
@@ -175,7 +175,7 @@ def test_zero_advantage_is_not_padding():
 @pytest.mark.parametrize("variant", ["ppo", "dapo", "dr_grpo", "cispo", "grpo", "gspo"])
 def test_micro_batches_with_the_global_denominator_add_up(variant):
     exact = logprobs_of(3)
-    case = tokens(exact, LENGTHS, seed=3)
+    case = make_policy_tokens(exact, LENGTHS, seed=3)
     total = float(len(LENGTHS)) if variant in ("grpo", "gspo") else float(case.mask.sum())
 
     def run(first, last):
@@ -204,7 +204,7 @@ def test_denominator_may_be_a_tensor():
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"cispo", "gspo"}))
 def test_gradcheck(variant):
     exact = logprobs_of(9).requires_grad_()
-    case = tokens(exact, LENGTHS, seed=9)
+    case = make_policy_tokens(exact, LENGTHS, seed=9)
     assert torch.autograd.gradcheck(
         lambda x: ppo_loss(x, **case.arguments(torch.float64, "cpu"), variant=variant, denominator=50.0)[0], exact
     )
@@ -214,7 +214,7 @@ def test_gradcheck(variant):
 @pytest.mark.parametrize("sequence", [False, True])
 def test_opcheck(sequence):
     logprobs = logprobs_of().float().requires_grad_()
-    case = tokens(logprobs, LENGTHS)
+    case = make_policy_tokens(logprobs, LENGTHS)
     old, advantages, ref = (t.float() for t in (case.old_logprobs, case.advantages, case.ref_logprobs))
     cu_seqlens = case.cu_seqlens if sequence else None
     constants = (0.2, 0.2, 3.0, 0.1)
@@ -231,7 +231,7 @@ def test_opcheck(sequence):
 @pytest.mark.parametrize("variant", ["ppo", "grpo", "gspo"])
 def test_compiles_without_a_graph_break(variant):
     logprobs = logprobs_of().float().requires_grad_()
-    arguments = tokens(logprobs, LENGTHS).arguments(torch.float32, "cpu")
+    arguments = make_policy_tokens(logprobs, LENGTHS).arguments(torch.float32, "cpu")
 
     def run(x):
         loss, stats = ppo_loss(x * 1.0, **arguments, variant=variant)
@@ -251,7 +251,7 @@ def test_compiles_without_a_graph_break(variant):
 def test_any_input_matches_the_formula(variant, lengths, seed, masked, extras, low, high, dual):
     exact = logprobs_of(seed, sum(lengths)).float().double().requires_grad_()
     options = {"clip_low": low, "clip_high": high} | ({} if variant == "cispo" else {"dual_clip": dual})
-    case = tokens(exact, tuple(lengths), seed=seed, masked=masked, extras=extras, **options)
+    case = make_policy_tokens(exact, tuple(lengths), seed=seed, masked=masked, extras=extras, **options)
     single = exact.detach().float().requires_grad_()
     denominator = 7.0 if variant == "dr_grpo" else None
     loss, stats = ppo_loss(single, **case.arguments(torch.float32, "cpu"), variant=variant, denominator=denominator)

@@ -6,12 +6,25 @@ from itertools import pairwise
 import pytest
 import torch
 from airl_kernels import discounted_returns, gae, group_advantages, returns
+from airl_kernels.testing import (
+    INTERPRETED,
+    assert_as_careful,
+    by_sequence,
+    coin,
+    expected_advantages,
+    expected_gae,
+    expected_returns,
+    loop_gae,
+    loop_returns,
+    normal,
+    offsets,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad, gradcheck
 
-from tests.airl_kernels.head_cases import DEVICES, EXAMPLES, INTERPRETED, SEEDS, assert_as_careful
+from tests.airl_kernels.cases import DEVICES, EXAMPLES, SEEDS
 
 BASELINES = ("last_token", "all_tokens", "leave_one_out")
 devices = pytest.mark.parametrize("device", DEVICES)
@@ -24,71 +37,6 @@ LENGTHS = [
     [300, 17, 256, 255, 257, 1],
 ]
 lengths_of = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-
-
-def offsets(lengths: list[int], device: str = "cpu") -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
-
-
-def normal(count: int, seed: int, device: str = "cpu") -> Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def coin(count: int, seed: int, device: str = "cpu") -> Tensor:
-    return (torch.rand(count, generator=torch.Generator().manual_seed(seed)) > 0.4).to(device)
-
-
-def loop_returns(
-    rewards: list[float], gamma: float, keep: list[bool] | None = None, dtype=torch.float64
-) -> list[float]:
-    """One sequence, one token at a time, backwards; dropped tokens are 0 and take no time."""
-    out, value = [0.0] * len(rewards), torch.zeros((), dtype=dtype)
-    for t in reversed(range(len(rewards))):
-        if keep is None or keep[t]:
-            value = torch.tensor(rewards[t], dtype=dtype) + torch.tensor(gamma, dtype=dtype) * value
-            out[t] = float(value)
-    return out
-
-
-def loop_gae(r: list[float], v: list[float], gamma: float, lam: float, keep: list[bool] | None = None):
-    """Schulman et al. (2016), eq. 16, over the kept tokens of one sequence."""
-    kept = [t for t in range(len(r)) if keep is None or keep[t]]
-    advantages, targets = [0.0] * len(r), [0.0] * len(r)
-    for position, t in enumerate(kept):
-        total = 0.0
-        for ahead, s in enumerate(kept[position:]):
-            following = v[kept[position + ahead + 1]] if position + ahead + 1 < len(kept) else 0.0
-            total += (gamma * lam) ** ahead * (r[s] + gamma * following - v[s])
-        advantages[t], targets[t] = total, total + v[t]
-    return advantages, targets
-
-
-def by_sequence(values: Tensor | None, lengths: list[int]) -> list[list | None]:
-    if values is None:
-        return [None] * len(lengths)
-    return [part.tolist() for part in values.cpu().split(lengths)]
-
-
-def expected_advantages(
-    rewards: Tensor, lengths: list[int], group: list[int], gamma: float, baseline: str, eps: float, min_std: float
-) -> list[float]:
-    """The definition, group by group in Python floats."""
-    parts = by_sequence(rewards.double(), lengths)
-    out = []
-    for me, part in enumerate(parts):
-        mates = [s for s in range(len(parts)) if group[s] == group[me] and parts[s]]
-        if baseline == "leave_one_out":
-            samples = [parts[s][-1] for s in mates if s != me]
-            mean, scale = (sum(samples) / len(samples), 1.0) if samples else (0.0, 0.0)
-        else:
-            samples = [x for s in mates for x in (parts[s] if baseline == "all_tokens" else parts[s][-1:])]
-            mean = math.fsum(samples) / max(len(samples), 1)
-            variance = math.fsum((x - mean) ** 2 for x in samples) / max(len(samples) - 1, 1)
-            alike = len(set(samples)) <= 1
-            comparable = len(samples) > 1 and (min_std > 0 or not alike)
-            scale = 1 / (max(math.sqrt(variance), min_std) + eps) if comparable else 0.0
-        out += loop_returns([(x - mean) * scale for x in part], gamma)
-    return out
 
 
 # ---- discounted returns ----------------------------------------------------------------------------------------
@@ -134,9 +82,7 @@ def test_one_very_long_sequence(gamma, lengths, device):
     """Never through γ^t: at γ = 0.9 that underflows near 820 tokens."""
     gamma = torch.tensor(gamma).item()  # rounding γ itself to float32 would move distant tokens' weights
     rewards = normal(sum(lengths), 3, device)
-    exact = torch.tensor(
-        [x for part in by_sequence(rewards, lengths) for x in loop_returns(part, gamma)], dtype=torch.float64
-    )
+    exact = expected_returns(rewards, lengths, gamma)
     ours = discounted_returns(rewards, gamma, offsets(lengths, device))
     assert float((ours.cpu() - exact).abs().max() / exact.abs().max()) < 1e-5
 
@@ -155,12 +101,8 @@ def test_both_ways_to_scan(parallel, masked, device, monkeypatch):
     rewards, values = (normal(sum(lengths), seed, device).requires_grad_() for seed in (0, 1))
     mask = coin(sum(lengths), 2, device) if masked else None
     cu_seqlens = offsets(lengths, device)
-    keep = by_sequence(mask, lengths)
-    rows = list(zip(by_sequence(rewards.detach(), lengths), by_sequence(values.detach(), lengths), keep, strict=True))
-    expected = [loop_gae(r, v, 0.95, 0.8, k) for r, v, k in rows]
-    advantages, targets = gae(rewards, values, 0.95, 0.8, cu_seqlens, mask=mask)
-    for ours, which in ((advantages, 0), (targets, 1)):
-        exact = torch.tensor([x for pair in expected for x in pair[which]], dtype=torch.float64)
+    expected = expected_gae(rewards, values, lengths, 0.95, 0.8, mask)
+    for ours, exact in zip(gae(rewards, values, 0.95, 0.8, cu_seqlens, mask=mask), expected, strict=True):
         assert torch.allclose(ours.detach().cpu().double(), exact, atol=2e-5)
     assert_gradients_are_the_transpose(
         lambda r, v: gae(r, v, 0.95, 0.8, cu_seqlens, mask=mask), (rewards, values), device

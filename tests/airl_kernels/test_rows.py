@@ -4,11 +4,21 @@ import pytest
 import torch
 from airl_kernels import linear_logprob, linear_ppo_loss
 from airl_kernels._rows import _add_rows, gather_rows
+from airl_kernels.testing import (
+    INTERPRETED,
+    VARIANTS,
+    assert_as_good_as,
+    make_policy_tokens,
+    make_vocabulary_head,
+    plain_logprob,
+    plain_loss,
+    wide,
+    with_garbage,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.airl_kernels.logprob_cases import DEVICES, DTYPES, INTERPRETED, assert_as_good_as, head, plain_logprob, wide
-from tests.airl_kernels.policy_cases import VARIANTS, plain_loss, tokens, with_garbage
+from tests.airl_kernels.cases import DEVICES, DTYPES
 
 # A prompt whose last row (3) starts four completions, neighbours and far apart; row 0 twice; nothing in order.
 ROWS = torch.tensor([3, 4, 5, 3, 6, 7, 8, 3, 9, 0, 0, 3, 10, 11])
@@ -26,7 +36,7 @@ def picked(inputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_linear_logprob_adds_up_the_gradients_of_a_row(device, dtype, frozen, entropy):
-    inputs = head(HIDDEN_ROWS, 16, 150, dtype=dtype, device=device, bias=True, frozen=frozen)
+    inputs = make_vocabulary_head(HIDDEN_ROWS, 16, 150, dtype=dtype, device=device, bias=True, frozen=frozen)
     exact = wide(inputs)
     options = {"temperature": 0.8, "softcap": 8.0}
     weights = torch.randn(len(ROWS), generator=torch.Generator().manual_seed(1))
@@ -57,11 +67,11 @@ def test_linear_logprob_adds_up_the_gradients_of_a_row(device, dtype, frozen, en
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_linear_ppo_loss_adds_up_the_gradients_of_a_row(device, dtype, variant, frozen, compact):
-    inputs = head(HIDDEN_ROWS, 16, 150, dtype=dtype, device=device, bias=True, frozen=frozen)
+    inputs = make_vocabulary_head(HIDDEN_ROWS, 16, 150, dtype=dtype, device=device, bias=True, frozen=frozen)
     exact = wide(inputs)
     denominator = 97.0 if variant == "dr_grpo" else None
     careful_logprob, truth_logprob = plain_logprob(picked(inputs))[0], plain_logprob(picked(exact))[0]
-    case = tokens(truth_logprob, LENGTHS)
+    case = make_policy_tokens(truth_logprob, LENGTHS)
     # Ratios far from the bounds, some beyond them, so that rounding moves no token across one.
     shift = torch.tensor([0.0, 0.5, -0.5, 1.5, 0.1, 0.0, 0.1]).repeat(2)
     case.old_logprobs.copy_(truth_logprob.detach().float().double() - shift)
@@ -86,7 +96,7 @@ def test_linear_ppo_loss_adds_up_the_gradients_of_a_row(device, dtype, variant, 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_gradcheck(frozen):
-    inputs = head(4, 3, 7, dtype=torch.float64, frozen=frozen)
+    inputs = make_vocabulary_head(4, 3, 7, dtype=torch.float64, frozen=frozen)
     rows = torch.tensor([2, 0, 2, 2, 3])
     targets = torch.tensor([1, 6, 0, 1, 3])
     old = torch.full((5,), -2.0, dtype=torch.float64)

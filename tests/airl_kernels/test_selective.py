@@ -4,8 +4,9 @@ import pytest
 import torch
 from airl_kernels import selective_log_softmax
 from airl_kernels.selective import _selective, _selective_backward_
+from airl_kernels.testing import INTERPRETED, assert_as_good_as, peak_bytes
 
-from tests.airl_kernels.logprob_cases import DEVICES, DTYPES, INTERPRETED, assert_as_good_as, peak_bytes
+from tests.airl_kernels.cases import DEVICES, DTYPES
 
 
 def case(rows: int, vocab: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,25 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 from airl_kernels import discriminator_loss, token_head, token_rewards
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.autograd import grad, gradcheck
-
-from tests.airl_kernels.head_cases import (
-    DEVICES,
-    DTYPES,
-    EXAMPLES,
+from airl_kernels.testing import (
     INTERPRETED,
-    ROWS,
-    SEEDS,
-    Head,
+    TokenHead,
     assert_all_as_careful,
     errors,
     expected_loss,
     expected_rewards,
-    logits,
-    make_head,
+    make_token_head,
+    token_logits,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import grad, gradcheck
+
+from tests.airl_kernels.cases import DEVICES, DTYPES, EXAMPLES, SEEDS
 
 KINDS = ("logit", "gail", "logd")
 LOSSES = ("bce", "wgan", "pairwise")
@@ -39,10 +35,15 @@ SHAPES = {
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 devices = pytest.mark.parametrize("device", DEVICES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ROWS = 40 if INTERPRETED else 120
 not_a_kernel = pytest.mark.skipif(INTERPRETED, reason="does not reach a Triton kernel")
 
 
-def loss_of(head: Head, loss: str = "bce", **options) -> tuple[torch.Tensor, torch.Tensor]:
+def make_head(rows: int = ROWS, width: int = 40, **options) -> TokenHead:
+    return make_token_head(rows, width, **options)
+
+
+def loss_of(head: TokenHead, loss: str = "bce", **options) -> tuple[torch.Tensor, torch.Tensor]:
     return discriminator_loss(
         *head.args, head.targets, head.weights, **head.extra, loss=loss,
         cu_seqlens=head.cu_seqlens, pairs=head.pairs, **options,
@@ -89,7 +90,7 @@ def test_loss_and_its_gradients(scale, loss, shape, dtype, device):
         run = [(value, z[live], *grad(value * scale, head.leaves))]
         for version in (head, exact):
             value = expected_loss(version, loss, 0.1, 0.5)
-            run.append((value, logits(version)[live], *grad(value * scale, version.leaves)))
+            run.append((value, token_logits(version)[live], *grad(value * scale, version.leaves)))
         runs.append(run)
     assert_all_as_careful(runs)
 
