@@ -1,0 +1,1 @@
+"""Measurements of airl_kernels and of its peers. Start with `python -m bench.ops --help`; nothing imports this."""

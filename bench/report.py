@@ -1,0 +1,119 @@
+"""The results for people: a Markdown table, the changes since an earlier run, and a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.errors import BadArgument
+from bench.results import Change, Document, Row
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads well in a terminal; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    right = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(cells, widths, right, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = (
+        "-" * (width + 1) + ":" if number else "-" * (width + 2) for width, number in zip(widths, right, strict=True)
+    )
+    return "\n".join((line(header), f"|{'|'.join(rule)}|", *map(line, rows)))
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "" or cell.lstrip("+-").removesuffix("x").removesuffix("%").replace(".", "", 1).isdigit()
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    """One line per row; "vs airl" is a backend's time over ours."""
+    ours = {(row.op, row.mode, row.shape): row for row in rows if row.backend == "airl"}
+    lines = []
+    last: tuple[str, ...] = ()
+    for row in rows:
+        key = (row.op, row.mode, row.shape)
+        mine = ours.get(key)
+        lines.append(
+            [
+                *(("", "", "") if key == last else key),
+                row.backend,
+                _short(row.ms),
+                _short(row.gb_per_s),
+                _short(row.tflop_per_s) if row.flops else "",
+                f"{row.percent_of_floor:.0f}%",
+                _short(row.peak_mib),
+                f"{row.ms / mine.ms:.2f}x" if mine is not None else "",
+            ]
+        )
+        last = key
+    header = ("op", "mode", "shape", "backend", "ms", "GB/s", "TFLOP/s", "of floor", "peak MiB", "time vs airl")
+    return table(header, lines)
+
+
+def _short(value: float) -> str:
+    """Three digits that matter, without exponents."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def changes_table(changes: Sequence[Change]) -> str:
+    lines = [
+        [
+            *(change.now.op, change.now.mode, change.now.shape, change.now.backend),
+            _short(change.before.ms),
+            _short(change.now.ms),
+            f"{100 * (change.ratio - 1):+.0f}%",
+            "SLOWER" if change.slower else "",
+        ]
+        for change in changes
+    ]
+    return table(("op", "mode", "shape", "backend", "ms before", "ms now", "change", ""), lines)
+
+
+def absences(document: Document) -> str:
+    """What is missing and why, one line per backend and reason."""
+    lines = []
+    for kind in ("failed", "left out", "skipped"):
+        grouped: dict[tuple[str, str], dict[str, None]] = {}
+        for entry in document.of_kind(kind):
+            name = entry.op if kind == "skipped" else f"{entry.op} {entry.mode} {entry.shape}"
+            grouped.setdefault((entry.backend, entry.reason), {})[name] = None
+        for (backend, reason), names in grouped.items():
+            lines.append(f"{kind}: {backend}: {reason} ({', '.join(names)})")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Bars of the percentage of the floor, one group per problem, one colour per backend."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadArgument(
+            "--plot: matplotlib is not installed; `pip install matplotlib`, or leave --plot out."
+        ) from None
+    problems = list(dict.fromkeys((row.op, row.mode, row.shape) for row in rows))
+    backends = list(dict.fromkeys(row.backend for row in rows))
+    value = {(row.op, row.mode, row.shape, row.backend): row.percent_of_floor for row in rows}
+    height = 0.8 / max(len(backends), 1)
+    figure = Figure(figsize=(9, 1.5 + 0.16 * len(problems) * (len(backends) + 1)), layout="constrained")
+    axes = figure.subplots()
+    for number, backend in enumerate(backends):
+        places = [i + number * height for i, problem in enumerate(problems) if (*problem, backend) in value]
+        widths = [value[*problem, backend] for problem in problems if (*problem, backend) in value]
+        bars = axes.barh(places, widths, height, label=backend)
+        axes.bar_label(bars, fmt="%.0f", fontsize=6, padding=2)
+    axes.set_yticks([i + 0.4 for i in range(len(problems))], [" ".join(p) for p in problems], fontsize=7)
+    axes.axvline(100, color="0.5", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the floor measured in the same run (longer is faster)")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=7)
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise BadArgument(f"--plot {path}: cannot be written ({error}).") from None
