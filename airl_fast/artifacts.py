@@ -1,7 +1,9 @@
 """The directories a run leaves behind: its start policy, its final policy and its reward model.
 
 A policy is an ordinary Hugging Face directory that `AutoModelForCausalLM.from_pretrained` loads. A reward model is
-the backbone's directory (`AutoModel` loads it) with head.safetensors and head.json beside the weights.
+the backbone's directory (`AutoModel` loads it) with head.safetensors and head.json beside the weights. Where adapters
+were trained, both are PEFT's directories, which record where the frozen weights lie; the start policy is then a
+symbolic link to the user's model directory, unless a warm start changed it.
 """
 
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from airl_fast.bridge import Bridge
@@ -21,6 +23,15 @@ from airl_fast.config import Config, ModelConfig
 from airl_fast.data.chat import ChatFormat
 from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
+from airl_fast.models.adapters import (
+    adapter_base,
+    is_adapted,
+    is_adapter_directory,
+    is_quantised,
+    load_adapter,
+    save_adapter,
+    share,
+)
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, check_directory, load_language_model, load_model, load_tokenizer
 from airl_fast.traces import TraceMaker
@@ -33,20 +44,58 @@ _HEAD_SETTINGS = ("head", "action_rank", "lipschitz")
 
 def save_policy(lm: LanguageModel, directory: Path) -> None:
     def write(folder: Path) -> None:
-        lm.model.save_pretrained(folder)
+        _save_model(lm.model, folder)
         lm.tokenizer.save_pretrained(folder)
 
-    _write_whole(directory, write)
+    write_whole(directory, write)
 
 
 def load_policy(directory: Path, config: ModelConfig, device: torch.device) -> LanguageModel:
-    settings = config.model_copy(update={"path": str(directory), "build": None})
-    return load_language_model(settings, device, key=str(directory))
+    """A saved policy, frozen weights quantised as `config` says."""
+    base = base_directory(directory)
+    settings = config.model_copy(update={"path": str(base or directory), "build": None})
+    lm = load_language_model(settings, device, key=str(directory))
+    if base is not None:
+        load_adapter(lm.model, directory, str(base), str(directory))
+    return lm
+
+
+def keep_start(lm: LanguageModel, config: Config, directory: Path) -> LanguageModel:
+    """Make the start policy a part of the run, so that a resumed run finds it. Returns it as a resumed run loads it."""
+    if config.model.lora is not None and config.model.path is not None and not config.warm_start.updates:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.symlink_to(Path(lm.model.name_or_path), target_is_directory=True)
+        return lm
+    save_policy(lm, directory)
+    return load_policy(directory, config.model, lm.device)
+
+
+def base_directory(directory: Path) -> Path | None:
+    """Where the frozen weights of a saved adapter lie; None for a whole model. A run that was moved finds its own."""
+    if not is_adapter_directory(directory):
+        return None
+    base = Path(adapter_base(directory, str(directory)))
+    for run in directory.resolve().parents[:3]:
+        if not base.is_dir() and base.name == START and (run / START).is_dir():
+            base = (run / START).resolve()
+    if not base.is_dir():
+        raise UserError(
+            f"{directory}: the frozen weights under this adapter are not at {base} any more; put them back, or correct "
+            "base_model_name_or_path in its adapter_config.json."
+        )
+    return base
+
+
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    if is_adapted(model):
+        save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)
 
 
 def save_reward(model: Discriminator, tokenizer, directory: Path) -> None:
     def write(folder: Path) -> None:
-        model.backbone.save_pretrained(folder)
+        _save_model(model.backbone, folder)
         tokenizer.save_pretrained(folder)
         save_file(
             {name: tensor.contiguous() for name, tensor in model.head.state_dict().items()}, folder / "head.safetensors"
@@ -54,22 +103,21 @@ def save_reward(model: Discriminator, tokenizer, directory: Path) -> None:
         settings = {name: getattr(model.config, name) for name in _HEAD_SETTINGS}
         (folder / "head.json").write_text(json.dumps(settings, indent=1) + "\n")
 
-    _write_whole(directory, write)
+    write_whole(directory, write)
 
 
 def load_reward(
     directory: Path, config: Config, maker: TraceMaker, start: LanguageModel, device: torch.device
 ) -> tuple[Discriminator, Bridge]:
     """The reward model of a run, with its way to and from the tokens of `maker`'s policy."""
-    folder = check_directory(str(directory), "reward model")
+    base = base_directory(directory)
+    folder = directory if base is not None else check_directory(str(directory), "reward model")
     head_file, settings_file = folder / "head.safetensors", folder / "head.json"
     if not head_file.is_file() or not settings_file.is_file():
         raise UserError(
             f"{directory} has no head.safetensors and head.json; give the final/discriminator of an AIRL run."
         )
-    trust = config.model.trust_remote_code
-    dtype = getattr(torch, config.model.dtype)
-    backbone = load_model(folder, "reward model", dtype, trust_remote_code=trust, auto=AutoModel).eval()
+    backbone = _load_backbone(folder, base, config, start, device)
     try:
         settings = json.loads(settings_file.read_text())
         head = make_head(settings["head"], backbone, settings["action_rank"])
@@ -81,13 +129,38 @@ def load_reward(
             f"reward model: head.json and head.safetensors in {directory} are damaged or not of this backbone; "
             "give the final/discriminator of an AIRL run."
         ) from None
-    tokenizer = load_tokenizer(folder, "reward model", trust_remote_code=trust)
+    tokenizer = load_tokenizer(folder, "reward model", trust_remote_code=config.model.trust_remote_code)
     same = tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
     chat = None if same else ChatFormat.from_tokenizer(tokenizer)
     return model.to(device).requires_grad_(False), Bridge(maker=maker, chat=chat, device=device)
 
 
-def _write_whole(directory: Path, write: Callable[[Path], None]) -> None:
+def _load_backbone(
+    folder: Path, base: Path | None, config: Config, start: LanguageModel, device: torch.device
+) -> PreTrainedModel:
+    """base: of the adapter in `folder`. A base that is the start policy's is shared with it, not loaded again."""
+    dtype, trust = getattr(torch, config.model.dtype), config.model.trust_remote_code
+    if base is None:
+        return load_model(folder, "reward model", dtype, trust_remote_code=trust, auto=AutoModel).eval()
+    quantise = config.discriminator.quantise
+    if Path(start.model.name_or_path) == base.resolve() and is_quantised(start.model) == (quantise is not None):
+        backbone = share(start.backbone)
+    else:  # with its output layer, as in training: what is quantised must be the same
+        whole = load_model(
+            check_directory(str(base), "reward model"),
+            "reward model",
+            dtype,
+            trust_remote_code=trust,
+            auto=AutoModelForCausalLM,
+            quantise=quantise,
+            device=device,
+        )
+        backbone = whole.base_model
+    load_adapter(backbone, folder, str(base), "reward model")
+    return backbone.eval()
+
+
+def write_whole(directory: Path, write: Callable[[Path], None]) -> None:
     """Write into a sibling directory and rename, so that a directory that exists is complete."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     try:

@@ -69,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, help="samples per prompt (default: the run's evaluate.samples)")
     evaluate.set_defaults(command=_eval)
 
+    export = commands.add_parser("export", help="write a run's policy or discriminator as an adapter or a plain model")
+    export.add_argument("run", help="directory of the run, such as runs/demo")
+    export.add_argument("--format", choices=("adapter", "merged"), default="merged", help="(default: merged)")
+    export.add_argument("--what", choices=("policy", "discriminator"), default="policy", help="(default: policy)")
+    export.add_argument("-o", "--out", help="directory to write; must not exist (default: RUN/export/WHAT-FORMAT)")
+    export.set_defaults(command=_export)
+
     model = commands.add_parser("make-model", help="write the small model and tokenizer of a preset to a directory")
     _add_config(model)
     model.add_argument("-o", "--out", required=True, help="directory to write; must not exist")
@@ -158,6 +165,14 @@ def _ks(text: str) -> tuple[int, ...]:
     if min(ks) < 1:
         raise UserError(f"--k {text}: give whole numbers from 1, such as 1,3,5,10.")
     return ks
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from airl_fast.export import export
+
+    out = None if arguments.out is None else Path(arguments.out)
+    print(export(Path(arguments.run), arguments.what, arguments.format, out))
+    return 0
 
 
 def _make_model(arguments: argparse.Namespace) -> int:

@@ -68,6 +68,11 @@ class ModelConfig(Section):
     def _one_source(self):
         if (self.path is None) == (self.build is None):
             raise ValueError("set exactly one of model.path (a local model directory) and model.build")
+        if self.quantise is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantise={self.quantise} freezes the weights, so nothing would be trained; "
+                "set model.lora too, for example model.lora={}"
+            )
         return self
 
 
@@ -122,7 +127,7 @@ class DiscriminatorConfig(Section):
     replay_size: Count = 0  # old policy traces kept as negatives, in sequences
     replay_per_prompt: Count = 1
     warmup_steps: Count = 0  # discriminator updates before the first policy update
-    warmup_learning_rate: Rate | None = None
+    warmup_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # None: the optimiser's
     warmup_prompts: Positive = 256  # prompts the start policy is sampled on for the warm-up
     warmup_samples: Positive = 2
     warmup_batch: Positive = 16  # prompts per warm-up update
@@ -132,9 +137,14 @@ class DiscriminatorConfig(Section):
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
-    def _wgan_is_lipschitz(self):
+    def _can_be_trained(self):
         if self.loss == "wgan" and self.lipschitz is None:
             raise ValueError("discriminator.loss=wgan needs discriminator.lipschitz=gradient_penalty or spectral_norm")
+        if self.quantise is not None and self.lora is None:
+            raise ValueError(
+                f"discriminator.quantise={self.quantise} freezes the backbone's weights; set discriminator.lora too, "
+                "for example discriminator.lora={}"
+            )
         return self
 
 
@@ -147,6 +157,12 @@ class RewardConfig(Section):
     scale_weights: tuple[Rate, Rate, Rate] = (1.0, 1.0, 1.0)  # multiscale: step, think/answer block, trace
     score_before_update: bool = False
     outcome_weight: Rate = 0.0  # adds weight * correct to the last token's reward
+
+    @model_validator(mode="after")
+    def _some_scale_counts(self):
+        if not any(self.scale_weights):
+            raise ValueError("reward.scale_weights=[0, 0, 0] leaves no reward; give a scale a weight above 0")
+        return self
 
 
 class AdvantageConfig(Section):
@@ -173,6 +189,7 @@ class RolloutConfig(Section):
 class EvaluateConfig(Section):
     prompts: Positive = 96
     samples: Positive = 16
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None  # of evaluation's samples; None takes rollout.top_p
     final: bool = True  # evaluate at the end of the run and write summary.json
     every: Count = 0  # dev pass@1 every n steps; 0 never
     baselines: tuple[Literal["sft", "grpo", "random"], ...] = ()
@@ -216,6 +233,27 @@ class Config(Section):
     max_bad_steps: Positive = 3  # non-finite steps in a row before the run stops
     tensorboard: bool = True
     wandb: bool = False
+
+    @model_validator(mode="after")
+    def _adapters_fit_together(self):
+        discriminator, lora = self.discriminator, self.model.lora
+        if lora is not None and lora.dropout > 0 and self.algorithm != "sft":
+            raise ValueError(
+                f"model.lora.dropout={lora.dropout} would make the ratio of the policy to its sampler noise, which "
+                "PPO's clip takes for change; set it to 0 (discriminator.lora.dropout and algorithm=sft may use it)"
+            )
+        if discriminator.path == "policy" and self.algorithm == "airl":
+            if discriminator.lora is not None and discriminator.quantise != self.model.quantise:
+                raise ValueError(
+                    "discriminator.path=policy shares the policy's frozen weights as they are; set "
+                    "discriminator.quantise to the value of model.quantise, or discriminator.path to a directory"
+                )
+            if discriminator.lora is None and self.model.quantise is not None:
+                raise ValueError(
+                    "discriminator.path=policy would train the policy's 4-bit weights, which is impossible; set "
+                    "discriminator.lora and discriminator.quantise, or discriminator.path to a directory"
+                )
+        return self
 
     @model_validator(mode="after")
     def _groups_are_usable(self):

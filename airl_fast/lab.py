@@ -1,6 +1,5 @@
 """Everything one run works with, built from its configuration: task, prompts, models and optimisers."""
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from airl_fast.data.chat import ChatFormat
 from airl_fast.data.task import Task, check_experts, make_task
 from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
+from airl_fast.models.adapters import trainable
 from airl_fast.models.build import build_model, build_tokenizer
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, load_language_model, wrap
@@ -61,9 +61,10 @@ class Lab:
         """Parameters of the step's rollout. All draws of a run come from its seed, the step and their purpose, so
         a resumed run needs no generator state to repeat them."""
         rollout = self.config.rollout
+        judged = purpose.startswith(("dev", "final")) and self.config.evaluate.top_p is not None
         return SamplingParams(
             temperature=rollout.temperature,
-            top_p=rollout.top_p,
+            top_p=self.config.evaluate.top_p if judged else rollout.top_p,
             max_new_tokens=rollout.max_new_tokens,
             end_token=self.maker.chat.end_of_turn,
             seed=self.rng(step, purpose).getrandbits(63),
@@ -109,9 +110,13 @@ def load_material(config: Config, say: Say = _silent) -> Material:
 
 
 def make_start_model(config: Config, task: Task, device: torch.device) -> LanguageModel:
-    """The policy before any training: a local directory, or a model and tokenizer built from the task's text."""
+    """The policy before any training: a local directory, or a model and tokenizer built from the task's text.
+
+    A warm start trains every weight, so they are quantised after it, when the run loads what it saved.
+    """
     if config.model.path is not None:
-        return load_language_model(config.model, device)
+        settings = config.model.model_copy(update={"quantise": None}) if config.warm_start.updates else config.model
+        return load_language_model(settings, device)
     examples = task.load("warmstart", min(config.warm_start.examples, 5000))
     texts = [text for example in examples for text in (example.prompt, example.expert) if text is not None]
     tokenizer = build_tokenizer(texts, config.model.build)
@@ -126,12 +131,21 @@ def make_maker(config: Config, task: Task, lm: LanguageModel) -> TraceMaker:
 
 
 def make_lab(config: Config, material: Material, start: LanguageModel, device: torch.device, say: Say = _silent) -> Lab:
-    """Assemble a run around a start policy, which stays as it is: the trained policy is a copy of it.
+    """Assemble a run around a start policy, which stays as it is: the trained policy is a copy of it, or adapters
+    over the same weights.
 
     Prompts too long for a model are refused or left out here, where the tokenizers are known.
     """
     maker = make_maker(config, material.task, start)
-    policy_lm = replace(start, model=copy.deepcopy(start.model).requires_grad_(True))
+    settings = config.model
+    model = trainable(
+        start.model,
+        settings.lora,
+        base=start.model.name_or_path,
+        seed=config.seed,
+        checkpointing=settings.gradient_checkpointing,
+    )
+    policy_lm = replace(start, model=model)
     start.model.requires_grad_(False)
     reference = start if config.policy.kl_coef > 0 else None
     updates = config.steps * config.policy.epochs
@@ -163,9 +177,10 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
 def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device: torch.device) -> Reward:
     discriminator, settings = config.discriminator, config.model
     if discriminator.path == "policy":
-        own, chat = replace(start, model=copy.deepcopy(start.model)), None
+        own, chat = start, None
     else:
-        settings = settings.model_copy(update={"path": discriminator.path, "build": None})
+        changes = {"path": discriminator.path, "build": None, "quantise": discriminator.quantise}
+        settings = settings.model_copy(update=changes)
         own = load_language_model(settings, device, key="discriminator.path")
         same = own.tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
         chat = None if same else ChatFormat.from_tokenizer(own.tokenizer)
@@ -174,7 +189,15 @@ def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device:
             "discriminator.head=logprob reads the start policy's log-probabilities, so discriminator.path must share "
             "the policy's tokenizer; choose head=linear or head=action."
         )
-    backbone = own.model.base_model.requires_grad_(True)
+    backbone = trainable(
+        own.backbone,
+        discriminator.lora,
+        base=own.model.name_or_path,
+        seed=config.seed + 1,  # other adapters than the policy's
+        checkpointing=discriminator.gradient_checkpointing,
+        own=own is not start,
+        key="discriminator",
+    )
     torch.manual_seed(config.seed)
     head = make_head(discriminator.head, backbone, discriminator.action_rank).to(device)
     model = Discriminator(backbone, head, discriminator, config.reward, start)

@@ -36,16 +36,22 @@ class Optimiser:
             weight.grad = None
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not torch.isfinite(norm):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.clear()
             return norm
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear()
         with torch.no_grad():
             for weight, master in self.masters:
                 weight.copy_(master)
         return norm
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for weight, _ in self.masters:
+            weight.grad = None
 
     def state_dict(self) -> dict:
         state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}

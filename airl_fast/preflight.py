@@ -12,7 +12,9 @@ from airl_fast.config import Config
 from airl_fast.device import pick_device
 from airl_fast.errors import UserError
 from airl_fast.lab import Lab, Material, held_out, load_material, make_lab, make_start_model
+from airl_fast.models.adapters import count_parameters, is_adapted, is_quantised, require
 from airl_fast.models.load import LanguageModel
+from airl_fast.optim import Optimiser
 
 
 def check(
@@ -28,6 +30,9 @@ def check(
         baseline_config(config, name, Path())
     if config.wandb and find_spec("wandb") is None:
         raise UserError("wandb=true, but wandb is not installed; pip install wandb, or set wandb=false.")
+    for section, settings in (("model", config.model), ("discriminator", config.discriminator)):
+        if settings.quantise is not None:
+            require("bitsandbytes", f"{section}.quantise={settings.quantise}")
     lab = make_lab(config, material, start, device, say)
     if config.evaluate.final:
         held_out(lab, "test", say)
@@ -55,6 +60,7 @@ def dry_run(config: Config) -> str:
         f"prompt          {_range(prompt_lengths)} tokens",
         f"demonstration   {_range(expert_lengths)} tokens",
         f"policy          {_describe(lab.policy.lm.model)}, context {lab.policy.lm.max_length}",
+        *_trained_lines(lab.policy.lm.model, lab.policy.optimiser),
         *_reward_lines(lab),
         f"samples a step  {per_step} of at most {config.rollout.max_new_tokens} tokens",
         *notes,
@@ -82,12 +88,24 @@ def _reward_lines(lab: Lab) -> list[str]:
         return []
     kind = lab.config.discriminator.head
     shared = "the policy's tokenizer" if lab.reward.bridge.chat is None else "a tokenizer of its own"
-    return [f"discriminator   {_describe(lab.reward.model.backbone)}, {kind} head, {shared}"]
+    return [
+        f"discriminator   {_describe(lab.reward.model.backbone)}, {kind} head, {shared}",
+        *_trained_lines(lab.reward.model.backbone, lab.reward.optimiser),
+    ]
 
 
 def _describe(model) -> str:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return f"{type(model).__name__} of {parameters / 1e6:.2f}M parameters"
+    return f"{type(model).__name__} of {count_parameters(model)[0] / 1e6:.2f}M parameters"
+
+
+def _trained_lines(model, optimiser: Optimiser) -> list[str]:
+    """What of the model is trained, and by what."""
+    if not is_adapted(model):
+        what = "all of it"
+    else:
+        over = "4-bit" if is_quantised(model) else str(next(model.parameters()).dtype).removeprefix("torch.")
+        what = f"adapters of {count_parameters(model)[1] / 1e6:.2f}M over frozen {over} weights"
+    return [f"  trained       {what}, {optimiser.description}"]
 
 
 def _range(lengths: list[int]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from airl_fast import baselines
-from airl_fast.artifacts import POLICY, REWARD, START, load_policy, save_policy, save_reward
+from airl_fast.artifacts import POLICY, REWARD, START, keep_start, load_policy, save_policy, save_reward
 from airl_fast.batches import Replay, rollout_stats, sample_traces, synchronise
 from airl_fast.checkpoint import SignalGuard
 from airl_fast.config import Config
@@ -112,8 +112,7 @@ def _warm_start(
         progress.phase("warm start")
         lm.model.requires_grad_(True)  # the check before froze it
         warm_start(config, task, lm, lm.device, report)
-    save_policy(lm, directory)
-    return load_policy(directory, config.model, lm.device)
+    return keep_start(lm, config, directory)
 
 
 def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> None:

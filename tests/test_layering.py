@@ -22,6 +22,7 @@ LAYERS: dict[str, set[str]] = {
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
     "assembly": {
         *("traces", "bridge", "batches", "lab", "warmup", "artifacts", "state", "baselines", "evaluate", "preflight"),
+        "export",
     },
     "loop": {"train"},
     "commands": {"run", "cli", "__main__"},

@@ -6,9 +6,10 @@ nothing has to be switched on or off. Policy, start policy and discriminator are
 """
 
 import copy
+import importlib
 import logging
-import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -25,21 +26,17 @@ _PREFIX = "base_model.model."  # what PEFT puts before the names of a model's ow
 _ADAPTER = "default"
 
 
-def require(package: str, setting: str):
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses a kernel that lies on the Hub
+
+
+def require(package: str, setting: str) -> ModuleType:
     """Import peft or bitsandbytes, or say in one sentence which setting wants it."""
-    logger = logging.getLogger("bitsandbytes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)  # it reports optional kernels that it looks for on the Hub
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return __import__(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise UserError(
             f"{setting} needs the package {package} ({error}); pip install 'airl-fast[lora]', or leave it out."
         ) from None
-    finally:
-        logger.setLevel(before)
 
 
 # ---------------------------------------------------------------------------------------------- 4-bit weights
@@ -181,6 +178,21 @@ def _check_targets(model: PreTrainedModel, targets: list[str], key: str) -> None
                 f"{key}.targets: {target} is no linear layer of {type(model).__name__}; choose all-linear or "
                 f"some of {', '.join(linear)}."
             )
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel) -> PreTrainedModel:
+    """The plain model that computes what `model` with its adapters does, made in place."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A"):
+            layer = module.get_base_layer()
+            merged = layer.weight.float() + module.get_delta_weight(_ADAPTER).float()  # rounded once
+            layer.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+    del model.peft_config
+    model._hf_peft_config_loaded = False  # transformers' mark of an adapted model, which saves adapters alone
+    return model
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -1,5 +1,6 @@
 """Load a local Hugging Face model directory, and say in one sentence what is wrong with one that does not load."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from airl_fast.config import ModelConfig
 from airl_fast.errors import UserError
+from airl_fast.models.adapters import is_adapter_directory, keep_layout, nf4
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")  # Qwen/Qwen2.5-3B-Instruct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +56,16 @@ class LanguageModel:
 
 def check_directory(path: str, key: str) -> Path:
     """Refuse a directory that transformers could only meet with a traceback. `key` names the setting at fault."""
-    folder = Path(path)
+    folder = Path(path).expanduser().resolve()  # absolute: saved adapters record it
     if not folder.is_dir():
+        if _HUB_NAME.fullmatch(path) and key.endswith(".path"):
+            raise UserError(f"set {key}=DIR to a local copy of {path}; nothing is downloaded.")
         raise UserError(f"{key}: no model directory at {path}; give a local Hugging Face directory.")
+    if is_adapter_directory(folder) and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{key}: {path} holds a PEFT adapter, not a model; give its base model, or merge the two with "
+            "`airl-fast export RUN --format merged`."
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {path} has no config.json; give the directory that `save_pretrained` wrote.")
     if not any(folder.glob("*.safetensors")):
@@ -80,9 +91,20 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
 
 
 def load_model(
-    folder: Path, key: str, dtype: torch.dtype, *, trust_remote_code: bool = False, auto: type = AutoModelForCausalLM
+    folder: Path,
+    key: str,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+    auto: type = AutoModelForCausalLM,
+    quantise: str | None = None,
+    device: torch.device | None = None,
 ) -> torch.nn.Module:
-    """auto: AutoModelForCausalLM, or AutoModel for a backbone alone."""
+    """auto: AutoModelForCausalLM, or AutoModel for a backbone alone. quantise: "nf4", which needs the device because
+    the weights are quantised there, one after the other."""
+    quantised = {}
+    if quantise is not None:
+        quantised = {"quantization_config": nf4(dtype, f"quantise={quantise}"), "device_map": {"": device or "cpu"}}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         model, info = auto.from_pretrained(
@@ -94,13 +116,15 @@ def load_model(
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **quantised,
         )
     except Exception as error:  # as above: a damaged file raises a dozen types
         raise UserError(f"{key}: the model in {folder} does not load ({_first_line(error)}); save it again.") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}: the weights in {folder} lack {missing}; save the whole model again.")
-    return model
+    keep_layout(model)
+    return model if device is None else model.to(device)
 
 
 def load_language_model(config: ModelConfig, device: torch.device, *, key: str = "model.path") -> LanguageModel:
@@ -110,8 +134,15 @@ def load_language_model(config: ModelConfig, device: torch.device, *, key: str =
         tokenizer.chat_template = config.chat_template
     if tokenizer.chat_template is None:
         raise UserError(f"{key}: the tokenizer in {folder} has no chat template; set model.chat_template.")
-    model = load_model(folder, key, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
-    lm = wrap(model.to(device), tokenizer)
+    model = load_model(
+        folder,
+        key,
+        getattr(torch, config.dtype),
+        trust_remote_code=config.trust_remote_code,
+        quantise=config.quantise,
+        device=device,
+    )
+    lm = wrap(model, tokenizer)
     _check_logits(lm, folder, key)
     return lm
 
@@ -145,7 +176,7 @@ def _check_logits(lm: LanguageModel, folder: Path, key: str) -> None:
     """
     tokens = torch.arange(4, device=lm.device)[None]
     theirs = lm.model(input_ids=tokens, use_cache=False).logits.float()
-    ours = lm.head(lm.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float() * lm.logit_scale
+    ours = lm.head(lm.backbone(input_ids=tokens, use_cache=False).last_hidden_state).float() * lm.logit_scale
     if lm.softcap is not None:
         ours = lm.softcap * torch.tanh(ours / lm.softcap)
     if (ours - theirs).abs().max() > 0.05 * theirs.abs().max():  # rounding in bfloat16 stays well below
