@@ -13,10 +13,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from airl_fast.config import DiscriminatorConfig, RewardConfig
 from airl_fast.errors import UserError
 from airl_fast.granularity import reward_tokens
+from airl_fast.microbatch import MicroBatch, TokenBudget, over_micro_batches, over_tokens
 from airl_fast.models.forward import hidden_states, token_logprobs
 from airl_fast.models.load import LanguageModel
 from airl_fast.optim import Optimiser
-from airl_fast.pack import micro_batches
 from airl_fast.types import Kind, TraceBatch
 
 
@@ -48,6 +48,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
         self.config, self.reward = config, reward
+        self.budget = TokenBudget(config.optim.tokens_per_micro_batch, "discriminator.optim.tokens_per_micro_batch")
         self.reference = (reference,)  # the frozen start policy, not a part of D; in a tuple so as not to register
         if config.lipschitz == "spectral_norm":
             if not hasattr(head, "weight"):
@@ -67,7 +68,9 @@ class Discriminator(nn.Module):
         num_pairs = (batch.pair >= 0).sum().clamp_min(1)
         logits = torch.empty_like(weights)
         total = weights.new_zeros(())
-        for part, index in micro_batches(batch, self.config.optim.tokens_per_micro_batch):
+
+        def work(micro: MicroBatch) -> None:
+            part, index = micro.batch, micro.index
             inputs = self._head_inputs(part)
             loss, part_logits = discriminator_loss(
                 inputs.hidden,
@@ -90,7 +93,13 @@ class Discriminator(nn.Module):
                 loss = loss + self.config.penalty_coef * share * self.head.lipschitz_penalty(part)
             loss.backward()
             logits[index] = part_logits
-            total += loss.detach()
+            total.add_(loss.detach())
+
+        def restart() -> None:
+            total.zero_()
+            optimiser.optimizer.zero_grad(set_to_none=True)
+
+        over_micro_batches(batch, self.budget, work, restart)
         return self._stats(batch, weights > 0, logits, total, optimiser.step())
 
     @torch.no_grad()
@@ -133,13 +142,13 @@ class Discriminator(nn.Module):
         self.head.eval()
 
     def _rewards(self, batch: TraceBatch, **options) -> torch.Tensor:
-        rewards = torch.empty(batch.num_loss_tokens, device=batch.tokens.device)
-        for part, index in micro_batches(batch, 2 * self.config.optim.tokens_per_micro_batch):
+        def values(part: TraceBatch) -> torch.Tensor:
             inputs = self._head_inputs(part)
-            rewards[index] = token_rewards(
+            return token_rewards(
                 inputs.hidden, inputs.weight, inputs.bias, index=inputs.index, offset=inputs.offset, **options
             )
-        return rewards
+
+        return over_tokens(batch, self.budget, values)
 
     def _head_inputs(self, batch: TraceBatch):
         reference = None

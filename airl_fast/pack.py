@@ -1,12 +1,15 @@
-"""Pack traces of any lengths into one TraceBatch, and cut a batch into micro-batches of whole sequences."""
+"""Pack traces of any lengths into one TraceBatch, without a padded token and every prompt once.
 
-from collections.abc import Callable, Iterator, Sequence
+Layout happens here and nowhere else: which row predicts which token is decided by `_rows`, from lengths alone.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
 import torch
 
-from airl_fast.types import Trace, TraceBatch
+from airl_fast.types import Segments, Trace, TraceBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,131 +20,183 @@ class Boundaries:
     blocks: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Where everything lies. order: sequences in the order of their rows. prompt_starts [P], completion_starts [S]:
+    first rows. positions [N], loss_rows and label_rows [M] as in TraceBatch."""
+
+    order: np.ndarray
+    prompt_starts: np.ndarray
+    completion_starts: np.ndarray
+    positions: np.ndarray
+    loss_rows: np.ndarray
+    label_rows: np.ndarray
+
+
+def _rows(prompts: Sequence[int], prompt_of: Sequence[int], completions: Sequence[int]) -> _Rows:
+    prompts, prompt_of, completions = (np.asarray(x, dtype=np.int64) for x in (prompts, prompt_of, completions))
+    order = np.argsort(prompt_of, kind="stable")
+    prompt_starts = _starts(prompts)
+    starts = np.empty_like(completions)
+    starts[order] = prompts.sum() + _starts(completions[order])
+    within = _ranges(completions)
+    label_rows = np.repeat(starts, completions) + within
+    last_of_prompt = (prompt_starts + prompts - 1)[prompt_of]
+    loss_rows = np.where(within == 0, np.repeat(last_of_prompt, completions), label_rows - 1)
+    continued = np.repeat(prompts[prompt_of[order]], completions[order]) + _ranges(completions[order])
+    return _Rows(
+        order=order,
+        prompt_starts=prompt_starts,
+        completion_starts=starts,
+        positions=np.concatenate([_ranges(prompts), continued]),
+        loss_rows=loss_rows,
+        label_rows=label_rows,
+    )
+
+
 def pack(
-    traces: Sequence[Trace], device: torch.device, boundaries: Callable[[Trace], Boundaries] | None = None
+    traces: Sequence[Trace],
+    device: torch.device,
+    boundaries: Callable[[Trace], Boundaries] | None = None,
+    *,
+    share: bool = True,
 ) -> TraceBatch:
-    """Lay the traces end to end. `boundaries(trace)` says where its steps and blocks end; without it, nowhere.
+    """`boundaries(trace)` says where a trace's steps and blocks end; without it, nowhere.
 
-    Shifting happens here and nowhere else: the row before a token predicts it.
+    share: traces with equal prompt tokens share one copy of them; otherwise each trace has its own.
     """
-    tokens, positions, rows, labels, logprobs = [], [], [], [], []
-    steps, blocks = [], []
-    starts, loss_starts = [0], [0]
-    for trace in traces:
-        prompt, completion = trace.prompt_tokens, trace.tokens
-        if not prompt or not completion:
+    distinct: dict[object, int] = {}
+    prompts, prompt_of, logprobs, steps, blocks = [], [], [], [], []
+    for i, trace in enumerate(traces):
+        if not trace.prompt_tokens or not trace.tokens:
             raise ValueError("a trace needs at least one prompt token and one completion token")
-        if trace.logprobs is not None and len(trace.logprobs) != len(completion):
-            raise ValueError(f"a trace has {len(trace.logprobs)} log-probabilities for {len(completion)} tokens")
-        start = starts[-1]
-        tokens += prompt
-        tokens += completion
-        positions += range(len(prompt) + len(completion))
-        rows += range(start + len(prompt) - 1, start + len(prompt) + len(completion) - 1)
-        labels += completion
-        logprobs += trace.logprobs if trace.logprobs is not None else [float("nan")] * len(completion)
+        if trace.logprobs is not None and len(trace.logprobs) != len(trace.tokens):
+            raise ValueError(f"a trace has {len(trace.logprobs)} log-probabilities for {len(trace.tokens)} tokens")
+        place = distinct.setdefault(trace.prompt_tokens if share else i, len(prompts))
+        if place == len(prompts):
+            prompts.append(trace.prompt_tokens)
+        prompt_of.append(place)
+        logprobs += trace.logprobs if trace.logprobs is not None else [float("nan")] * len(trace.tokens)
         ends = boundaries(trace) if boundaries is not None else Boundaries()
-        steps += _flags(ends.steps, len(completion))
-        blocks += _flags(ends.blocks, len(completion))
-        starts.append(start + len(prompt) + len(completion))
-        loss_starts.append(loss_starts[-1] + len(completion))
-
-    def int64(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device)
-
-    def int32(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(device)
-
+        steps.append(_flags(ends.steps, len(trace.tokens)))
+        blocks.append(_flags(ends.blocks, len(trace.tokens)))
+    lengths = tuple(len(trace.tokens) for trace in traces)
+    rows = _rows([len(prompt) for prompt in prompts], prompt_of, lengths)
+    completions = [traces[s].tokens for s in rows.order]
+    tokens = np.fromiter((token for part in (*prompts, *completions) for token in part), dtype=np.int64)
+    pairs = tuple(-1 if trace.pair is None else trace.pair for trace in traces)
+    on_device = _Transfer(device)
     return TraceBatch(
-        tokens=int64(tokens),
-        positions=int64(positions),
-        cu_seqlens=int32(starts),
-        loss_rows=int64(rows),
-        labels=int64(labels),
-        loss_cu_seqlens=int32(loss_starts),
-        behaviour_logprobs=torch.tensor(logprobs, dtype=torch.float32).to(device),
-        step_ends=torch.tensor(steps, dtype=torch.bool).to(device),
-        block_ends=torch.tensor(blocks, dtype=torch.bool).to(device),
-        group=int64([trace.group for trace in traces]),
-        kind=int64([int(trace.kind) for trace in traces]),
-        pair=int64([-1 if trace.pair is None else trace.pair for trace in traces]),
-        correct=torch.tensor([bool(trace.correct) for trace in traces], dtype=torch.bool).to(device),
-        lengths=tuple(len(trace.prompt_tokens) + len(trace.tokens) for trace in traces),
-        loss_lengths=tuple(len(trace.tokens) for trace in traces),
+        tokens=on_device(tokens),
+        positions=on_device(rows.positions),
+        loss_rows=on_device(rows.loss_rows),
+        label_rows=on_device(rows.label_rows),
+        labels=on_device(tokens[rows.label_rows]),
+        loss_cu_seqlens=on_device(_cumulative(lengths)),
+        behaviour_logprobs=on_device(np.asarray(logprobs, dtype=np.float32)),
+        step_ends=on_device(np.concatenate(steps) if steps else np.zeros(0, dtype=bool)),
+        block_ends=on_device(np.concatenate(blocks) if blocks else np.zeros(0, dtype=bool)),
+        group=on_device(np.asarray([trace.group for trace in traces], dtype=np.int64)),
+        kind=on_device(np.asarray([int(trace.kind) for trace in traces], dtype=np.int64)),
+        pair=on_device(np.asarray(pairs, dtype=np.int64)),
+        correct=on_device(np.asarray([bool(trace.correct) for trace in traces], dtype=bool)),
+        segments=_segments([len(prompt) for prompt in prompts], prompt_of, lengths, rows),
+        prompt_of=tuple(prompt_of),
+        kinds=tuple(trace.kind for trace in traces),
+        pairs=pairs,
+        loss_lengths=lengths,
     )
 
 
 def select(batch: TraceBatch, sequences: Sequence[int]) -> tuple[TraceBatch, torch.Tensor]:
-    """The batch of these sequences alone, and the indices [M'] of its loss rows among the whole batch's M.
+    """The batch of these sequences alone, and the indices [M'] of its tokens among the whole batch's M.
 
-    A pair whose source was left behind is forgotten (-1).
+    A pair whose source was left behind is forgotten (-1). Prompts keep the order of their first use.
     """
-    device = batch.tokens.device
-    starts, loss_starts = _offsets(batch.lengths), _offsets(batch.loss_lengths)
-    lengths = tuple(batch.lengths[s] for s in sequences)
-    loss_lengths = tuple(batch.loss_lengths[s] for s in sequences)
-    token_index = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in sequences]).to(device)
-    loss_index = torch.cat([torch.arange(loss_starts[s], loss_starts[s + 1]) for s in sequences]).to(device)
-    new_starts, new_loss_starts = _offsets(lengths), _offsets(loss_lengths)
-    # How far each kept sequence moved, applied to all of its loss rows.
-    moved = torch.tensor([new_starts[i] - starts[s] for i, s in enumerate(sequences)])
-    shift = torch.repeat_interleave(moved, torch.tensor(loss_lengths), output_size=sum(loss_lengths)).to(device)
-    kept = torch.tensor(list(sequences), dtype=torch.int64)
-    place = torch.full((batch.num_sequences + 1,), -1, dtype=torch.int64)
-    place[kept] = torch.arange(len(kept))
-    kept, place = kept.to(device), place.to(device)
-    chosen = TraceBatch(
-        tokens=batch.tokens[token_index],
-        positions=batch.positions[token_index],
-        cu_seqlens=torch.tensor(new_starts, dtype=torch.int32).to(device),
-        loss_rows=batch.loss_rows[loss_index] + shift,
-        labels=batch.labels[loss_index],
-        loss_cu_seqlens=torch.tensor(new_loss_starts, dtype=torch.int32).to(device),
-        behaviour_logprobs=batch.behaviour_logprobs[loss_index],
-        step_ends=batch.step_ends[loss_index],
-        block_ends=batch.block_ends[loss_index],
+    chosen = np.asarray(sequences, dtype=np.int64)
+    old_prompts = list(dict.fromkeys(batch.prompt_of[s] for s in sequences))
+    new_place = {old: new for new, old in enumerate(old_prompts)}
+    prompt_of = tuple(new_place[batch.prompt_of[s]] for s in sequences)
+    prompts = tuple(batch.segments.prompts[p] for p in old_prompts)
+    lengths = tuple(batch.loss_lengths[s] for s in sequences)
+    rows = _rows(prompts, prompt_of, lengths)
+    old = _rows(batch.segments.prompts, batch.prompt_of, batch.loss_lengths)
+    row_index = np.concatenate(
+        [
+            _spans(old.prompt_starts[old_prompts], prompts),
+            _spans(old.completion_starts[chosen[rows.order]], np.asarray(lengths)[rows.order]),
+        ]
+    )
+    token_index = _spans(_starts(batch.loss_lengths)[chosen], lengths)
+    place = {old: new for new, old in enumerate(sequences)}
+    pairs = tuple(place.get(batch.pairs[s], -1) for s in sequences)
+    on_device = _Transfer(batch.tokens.device)
+    kept, kept_rows, kept_tokens = on_device(chosen), on_device(row_index), on_device(token_index)
+    part = TraceBatch(
+        tokens=batch.tokens[kept_rows],
+        positions=on_device(rows.positions),
+        loss_rows=on_device(rows.loss_rows),
+        label_rows=on_device(rows.label_rows),
+        labels=batch.labels[kept_tokens],
+        loss_cu_seqlens=on_device(_cumulative(lengths)),
+        behaviour_logprobs=batch.behaviour_logprobs[kept_tokens],
+        step_ends=batch.step_ends[kept_tokens],
+        block_ends=batch.block_ends[kept_tokens],
         group=batch.group[kept],
         kind=batch.kind[kept],
-        pair=place[batch.pair[kept]],  # index -1 reads the last place, which stays -1
+        pair=on_device(np.asarray(pairs, dtype=np.int64)),
         correct=batch.correct[kept],
-        lengths=lengths,
-        loss_lengths=loss_lengths,
+        segments=_segments(prompts, prompt_of, lengths, rows),
+        prompt_of=prompt_of,
+        kinds=tuple(batch.kinds[s] for s in sequences),
+        pairs=pairs,
+        loss_lengths=lengths,
     )
-    return chosen, loss_index
+    return part, kept_tokens
 
 
-def micro_batches(batch: TraceBatch, padded_tokens: int) -> Iterator[tuple[TraceBatch, torch.Tensor]]:
-    """Cut into batches whose padded size stays under `padded_tokens`, longest sequences first.
-
-    A perturbed sequence stays with its source (the pairwise loss compares them), so such a family, or one sequence
-    longer than the budget, may make a batch that exceeds it.
-    """
-    if batch.max_seqlen * batch.num_sequences <= padded_tokens:
-        yield batch, torch.arange(batch.num_loss_tokens, device=batch.tokens.device)
-        return
-    families: dict[int, list[int]] = {}
-    for s, pair in enumerate(batch.pair.tolist()):
-        families.setdefault(s if pair < 0 else pair, []).append(s)
-    ordered = sorted(families.values(), key=lambda family: -max(batch.lengths[s] for s in family))
-    current: list[int] = []
-    width = 0
-    for family in ordered:
-        if current and width * (len(current) + len(family)) > padded_tokens:
-            yield select(batch, current)
-            current = []
-        if not current:  # the first family holds the longest sequence of its micro-batch
-            width = max(batch.lengths[s] for s in family)
-        current += family
-    yield select(batch, current)
+def _segments(prompts: Sequence[int], prompt_of: Sequence[int], lengths: Sequence[int], rows: _Rows) -> Segments:
+    return Segments(
+        prompts=tuple(prompts),
+        completions=tuple(lengths[s] for s in rows.order),
+        counts=tuple(np.bincount(np.asarray(prompt_of, dtype=np.int64), minlength=len(prompts)).tolist()),
+    )
 
 
-def _flags(indices: Sequence[int], length: int) -> list[bool]:
-    flags = [False] * length
-    for index in indices:
-        flags[index] = True
-    flags[-1] = True
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """Host array to device tensor; on CUDA from pinned memory, so that the host does not wait for the device."""
+
+    device: torch.device
+
+    def __call__(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _flags(indices: Sequence[int], length: int) -> np.ndarray:
+    flags = np.zeros(length, dtype=bool)
+    flags[[*indices, length - 1]] = True
     return flags
 
 
-def _offsets(lengths: Sequence[int]) -> list[int]:
-    return [0, *accumulate(lengths)]
+def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    lengths = np.asarray(lengths, dtype=np.int64)
+    return np.cumsum(lengths) - lengths
+
+
+def _cumulative(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _ranges(lengths: np.ndarray) -> np.ndarray:
+    """0..n-1 for each length n, end to end."""
+    return np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
+
+
+def _spans(starts: np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """start..start+n-1 for each span, end to end."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    return np.repeat(starts, lengths) + _ranges(lengths)

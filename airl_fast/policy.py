@@ -1,15 +1,16 @@
 """The policy's step: PPO-clip on packed traces with per-token advantages (Schulman et al. 2017)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from airl_kernels import ppo_loss
 
 from airl_fast.config import PolicyConfig
+from airl_fast.microbatch import MicroBatch, TokenBudget, over_micro_batches, over_tokens
 from airl_fast.models.forward import token_logprobs
 from airl_fast.models.load import LanguageModel
 from airl_fast.optim import Optimiser
-from airl_fast.pack import micro_batches, select
+from airl_fast.pack import select
 from airl_fast.types import Kind, TraceBatch
 
 
@@ -35,24 +36,31 @@ class Policy:
     config: PolicyConfig
     temperature: float  # of the sampler: ratios compare the distributions that were sampled from
     reference: LanguageModel | None = None  # the start policy, needed when kl_coef > 0
+    budget: TokenBudget = field(init=False)
+
+    def __post_init__(self) -> None:
+        budget = TokenBudget(self.config.optim.tokens_per_micro_batch, "policy.optim.tokens_per_micro_batch")
+        object.__setattr__(self, "budget", budget)
 
     def update(self, batch: TraceBatch, advantages: torch.Tensor) -> PolicyStats:
-        """`epochs` clipped steps. advantages: f32 [M] on the batch's loss rows."""
+        """`epochs` clipped steps. advantages: f32 [M] on the batch's completion tokens."""
         batch, advantages = self._training_rows(batch, advantages)
-        old = batch.behaviour_logprobs.clone()
-        unsampled = old.isnan()  # demonstrations: π_old is the policy as it stands before this update
         reference = self._reference_logprobs(batch)
-        start = torch.empty_like(old)  # log-probabilities and entropy before the first step
+        old = torch.empty_like(batch.behaviour_logprobs)
+        weight = torch.empty_like(old)  # of trainer against sampler, truncated; 1 without a correction
         entropy = torch.empty_like(old)
+        start, current = old, torch.empty_like(old)
         for epoch in range(self.config.epochs):
             current = torch.empty_like(old)
             total = old.new_zeros(())
-            for part, index in micro_batches(batch, self.config.optim.tokens_per_micro_batch):
-                logprobs, part_entropy = token_logprobs(self.lm, part, temperature=self.temperature, entropy=True)
+
+            def work(part: MicroBatch, epoch=epoch, current=current, total=total) -> None:
+                index = part.index
+                logprobs, part_entropy = token_logprobs(self.lm, part.batch, temperature=self.temperature, entropy=True)
                 current[index] = logprobs.detach()
                 if epoch == 0:
                     entropy[index] = part_entropy.detach()
-                    old[index] = torch.where(unsampled[index], current[index], old[index])
+                    old[index], weight[index] = self._old_logprobs(part.batch, logprobs.detach())
                 loss, _ = ppo_loss(
                     logprobs,
                     old[index],
@@ -61,19 +69,45 @@ class Policy:
                     clip_high=self.config.clip_high,
                     ref_logprobs=None if reference is None else reference[index],
                     beta=self.config.kl_coef,
+                    is_ratio=None if self.config.importance_sampling == "none" else weight[index],
                     denominator=batch.num_loss_tokens,
                 )
                 loss.backward()
                 total += loss.detach()
+
+            def restart(total=total) -> None:
+                total.zero_()
+                self.optimiser.optimizer.zero_grad(set_to_none=True)
+
+            over_micro_batches(batch, self.budget, work, restart)
             if epoch == 0:
                 start = current
             grad_norm = self.optimiser.step()
         return self._stats(batch, advantages, old, start, current, entropy, reference, total, grad_norm)
 
+    def _old_logprobs(self, batch: TraceBatch, trainer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log π_old and the importance weight of every token, f32 [M]; `trainer`: the policy before this update.
+
+        π_old is the sampler where it is known to be the trainer's policy. Under truncated importance sampling (Yao
+        et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training") it is the trainer's,
+        and min(π_trainer / π_sampler, ceiling) weighs the loss, a token's own or its sequence's ratio. Demonstrations
+        have no sampler: π_old is the trainer's, their weight 1.
+        """
+        sampled = batch.behaviour_logprobs
+        unsampled = sampled.isnan()
+        if self.config.importance_sampling == "none":
+            return torch.where(unsampled, trainer, sampled), torch.ones_like(trainer)
+        log_ratio = torch.where(unsampled, 0.0, trainer - sampled)
+        if self.config.importance_sampling == "sequence":
+            sequence = batch.per_token(torch.arange(batch.num_sequences, device=sampled.device))
+            sums = torch.zeros(batch.num_sequences, device=sampled.device).index_add_(0, sequence, log_ratio)
+            log_ratio = sums[sequence]
+        return trainer, log_ratio.exp().clamp_max(self.config.importance_ceiling)
+
     def _training_rows(self, batch: TraceBatch, advantages: torch.Tensor) -> tuple[TraceBatch, torch.Tensor]:
         """Leave out perturbed traces, and experts where the configuration says so; weigh the experts."""
         kept = [Kind.POLICY] if self.config.expert_in_policy == "none" else [Kind.POLICY, Kind.EXPERT]
-        sequences = [s for s, kind in enumerate(batch.kind.tolist()) if kind in kept]
+        sequences = [s for s, kind in enumerate(batch.kinds) if kind in kept]
         if len(sequences) < batch.num_sequences:
             batch, index = select(batch, sequences)
             advantages = advantages[index]
@@ -87,10 +121,9 @@ class Policy:
     def _reference_logprobs(self, batch: TraceBatch) -> torch.Tensor | None:
         if self.config.kl_coef == 0:
             return None
-        logprobs = torch.empty_like(batch.behaviour_logprobs)
-        for part, index in micro_batches(batch, 2 * self.config.optim.tokens_per_micro_batch):
-            logprobs[index] = token_logprobs(self.reference, part, temperature=self.temperature)
-        return logprobs
+        return over_tokens(
+            batch, self.budget, lambda part: token_logprobs(self.reference, part, temperature=self.temperature)
+        )
 
     def _stats(self, batch, advantages, old, start, current, entropy, reference, loss, grad_norm) -> PolicyStats:
         weight = batch.per_token(batch.kind == Kind.POLICY).float()

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from airl_fast.microbatch import MicroBatch, TokenBudget, over_micro_batches
 from airl_fast.models.forward import token_logprobs
 from airl_fast.models.load import LanguageModel
 from airl_fast.optim import Optimiser
-from airl_fast.pack import micro_batches
 from airl_fast.types import TraceBatch
 
 
@@ -19,11 +19,18 @@ class SftStats:
     grad_norm: torch.Tensor
 
 
-def update(lm: LanguageModel, batch: TraceBatch, optimiser: Optimiser, padded_tokens: int) -> SftStats:
+def update(lm: LanguageModel, batch: TraceBatch, optimiser: Optimiser, budget: TokenBudget) -> SftStats:
     """One step on the mean over all completion tokens of the batch, however it is cut into micro-batches."""
     total = torch.zeros((), device=batch.tokens.device)
-    for part, _ in micro_batches(batch, padded_tokens):
-        loss = -token_logprobs(lm, part).sum() / batch.num_loss_tokens
+
+    def work(part: MicroBatch) -> None:
+        loss = -token_logprobs(lm, part.batch).sum() / batch.num_loss_tokens
         loss.backward()
-        total += loss.detach()
+        total.add_(loss.detach())
+
+    def restart() -> None:
+        total.zero_()
+        optimiser.optimizer.zero_grad(set_to_none=True)
+
+    over_micro_batches(batch, budget, work, restart)
     return SftStats(loss=total, grad_norm=optimiser.step())

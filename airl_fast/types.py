@@ -1,8 +1,8 @@
-"""The frozen records that stages hand to each other. Shapes: N packed tokens, M loss rows, S sequences.
+"""The frozen records that stages hand to each other. N packed rows, M completion tokens, S sequences, P prompts.
 
-A *loss row* is a position whose next token belongs to a completion (end-of-turn included). Everything a loss,
-reward or advantage needs per token lives on the M loss rows, not on all N tokens: prompts never appear there, so
-no mask is needed and `loss_cu_seqlens` cuts rewards into exactly one segment per completion.
+A model reads N rows: every prompt once, then every completion. Everything a loss, reward or advantage needs per
+token lives on the M completion tokens (end-of-turn included), sequence after sequence: prompts never appear there,
+so no mask is needed and `loss_cu_seqlens` cuts rewards into exactly one segment per completion.
 """
 
 from dataclasses import dataclass
@@ -58,23 +58,47 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TraceBatch:
-    """Packed traces. Row r = loss_rows[m] holds the state that predicts labels[m] = tokens[r + 1].
+class Segments:
+    """Which of the N rows attend to which, on the host. Rows: the P prompts end to end, then the S completions, those
+    of a prompt next to each other. A prompt's row sees its own prompt up to itself; a completion's row sees the whole
+    of its prompt and its own completion up to itself.
 
-    tokens, positions: int64 [N]. cu_seqlens: int32 [S+1], prompt and completion of every sequence.
-    loss_rows, labels: int64 [M]. loss_cu_seqlens: int32 [S+1], completions only.
+    prompts: the P lengths. completions: the S lengths in row order. counts: completions of each prompt.
+    """
+
+    prompts: tuple[int, ...]
+    completions: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def prompt_rows(self) -> int:
+        return sum(self.prompts)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.prompts) + sum(self.completions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceBatch:
+    """Packed traces, ready for a model. Token m is tokens[label_rows[m]]; the state at loss_rows[m] predicts it.
+
+    tokens, positions: int64 [N], rows as `segments` lays them out. loss_rows, label_rows: int64 [M]; the last row of
+    a shared prompt predicts the first token of each of its completions, so loss_rows may repeat.
+    labels: int64 [M]. loss_cu_seqlens: int32 [S+1], one segment a completion.
     behaviour_logprobs: f32 [M], the sampler's; NaN where there was no sampler.
     step_ends, block_ends: bool [M], true where labels[m] closes a reasoning step, or the think or answer block; both
     are true at a completion's last token.
     group, kind: int64 [S]. pair: int64 [S], index of the sequence a perturbed one was made from, -1 otherwise.
-    correct: bool [S]. lengths, loss_lengths: the lengths behind the two cu_seqlens, kept on the host so that nothing
-    has to ask the device for them.
+    correct: bool [S].
+    On the host, so that nothing has to ask the device: prompt_of [S], the prompt (0..P-1) a sequence continues;
+    kinds and pairs [S]; loss_lengths [S], the lengths behind loss_cu_seqlens.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    cu_seqlens: torch.Tensor
     loss_rows: torch.Tensor
+    label_rows: torch.Tensor
     labels: torch.Tensor
     loss_cu_seqlens: torch.Tensor
     behaviour_logprobs: torch.Tensor
@@ -84,21 +108,20 @@ class TraceBatch:
     kind: torch.Tensor
     pair: torch.Tensor
     correct: torch.Tensor
-    lengths: tuple[int, ...]
+    segments: Segments
+    prompt_of: tuple[int, ...]
+    kinds: tuple[Kind, ...]
+    pairs: tuple[int, ...]
     loss_lengths: tuple[int, ...]
 
     @property
-    def max_seqlen(self) -> int:
-        return max(self.lengths, default=0)
-
-    @property
     def num_sequences(self) -> int:
-        return self.group.numel()
+        return len(self.loss_lengths)
 
     @property
     def num_loss_tokens(self) -> int:
         return self.labels.numel()
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """[S] -> [M]: each sequence's value at each of its loss rows."""
+        """[S] -> [M]: each sequence's value at each of its tokens."""
         return torch.repeat_interleave(values, self.loss_cu_seqlens.diff(), output_size=self.num_loss_tokens)

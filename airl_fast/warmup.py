@@ -10,6 +10,7 @@ from airl_fast.config import Config, OptimConfig
 from airl_fast.data.task import Task
 from airl_fast.errors import UserError
 from airl_fast.lab import Lab, make_maker
+from airl_fast.microbatch import TokenBudget
 from airl_fast.models.load import LanguageModel
 from airl_fast.optim import make_optimiser
 from airl_fast.pack import pack
@@ -28,11 +29,12 @@ def warm_start(config: Config, task: Task, lm: LanguageModel, device: torch.devi
         )
     optim = OptimConfig(learning_rate=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
     optimiser = make_optimiser([(lm.model.parameters(), 1.0)], optim, settings.updates)
+    budget = TokenBudget(config.policy.optim.tokens_per_micro_batch, "policy.optim.tokens_per_micro_batch")
     generator = torch.Generator().manual_seed(config.seed)
     for update in range(1, settings.updates + 1):
         chosen = torch.randint(len(corpus), (settings.batch_size,), generator=generator).tolist()
         batch = pack([corpus[i] for i in chosen], device)
-        stats = sft.update(lm, batch, optimiser, optim.tokens_per_micro_batch)
+        stats = sft.update(lm, batch, optimiser, budget)
         report(update, settings.updates, stats)
 
 

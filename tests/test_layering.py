@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     "records": {"errors", "types"},
     "services": {"config", "overrides", "checkpoint", "metrics", "progress", "rundir", "doctor"},
-    "tools": {"device", "data", "models", "optim", "pack", "granularity"},
+    "tools": {"device", "data", "models", "optim", "pack", "microbatch", "granularity"},
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
     "assembly": {
-        *("traces", "bridge", "batches", "lab", "warmup", "artifacts", "state", "baselines", "evaluate", "preflight"),
-        "export",
+        *("traces", "bridge", "batches", "lab", "warmup", "artifacts", "state", "baselines"),
+        *("engines", "evaluate", "preflight", "export"),
     },
     "loop": {"train"},
     "commands": {"run", "cli", "__main__"},

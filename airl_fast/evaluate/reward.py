@@ -25,8 +25,9 @@ from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.policies import Samples
 from airl_fast.evaluate.rerank import answer_classes, rerank, trace_scores
 from airl_fast.lab import Lab
+from airl_fast.microbatch import over_tokens
 from airl_fast.models.forward import token_logprobs
-from airl_fast.pack import Boundaries, micro_batches, pack
+from airl_fast.pack import Boundaries, pack
 from airl_fast.types import Example, Trace
 
 _CALIBRATION_STEP = -1  # a step no training step has: its draws are its own
@@ -158,9 +159,7 @@ def _score(
     batch = pack(traces, device, lambda trace: Boundaries(steps=lab.maker.step_tokens(trace)))
     judged = bridge.pack(traces, examples)
     rewards = bridge.to_policy(model.logits(judged), traces, examples)
-    logprobs = torch.empty_like(rewards)
-    for part, index in micro_batches(batch, 2 * lab.config.policy.optim.tokens_per_micro_batch):
-        logprobs[index] = token_logprobs(lab.start, part)
+    logprobs = over_tokens(batch, lab.policy.budget, lambda part: token_logprobs(lab.start, part))
     offsets = np.concatenate([[0], np.cumsum(batch.loss_lengths)])
     ends = batch.step_ends.cpu().numpy()
     answers = np.zeros(batch.num_loss_tokens, dtype=bool)

@@ -1,6 +1,6 @@
 """The discriminator's heads: what turns a backbone's hidden states into one logit z per completion token.
 
-Loss row r holds the state h_r that predicts the label y_r; the state after reading y_r is h_{r+1}.
+h_r is the state at the row that predicts the label y_r (loss_rows); h_{r+1} is the state after reading it (label_rows).
 
 - linear:  z = w · h_{r+1} + b, the paper's head.
 - action:  z = h_r · U[y_r] + b[y_r], the state before the token, read at the token taken: a reward of (state,
@@ -39,7 +39,7 @@ class LinearHead(nn.Module):
         nn.init.normal_(self.weight, std=hidden_size**-0.5)
 
     def forward(self, hidden: torch.Tensor, batch: TraceBatch, reference: torch.Tensor | None) -> HeadInputs:
-        return HeadInputs(hidden=hidden[batch.loss_rows + 1], weight=self.weight, bias=self.bias)
+        return HeadInputs(hidden=hidden[batch.label_rows], weight=self.weight, bias=self.bias)
 
     def lipschitz_penalty(self, batch: TraceBatch) -> torch.Tensor:
         """(‖∂z/∂h‖ - 1)², the gradient penalty of WGAN-GP (Gulrajani et al. 2017): z is linear in the head's input."""

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from airl_fast.config import ModelConfig
 from airl_fast.errors import UserError
 from airl_fast.models.adapters import is_adapter_directory, keep_layout, nf4
+from airl_fast.models.attention import set_packed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")  # Qwen/Qwen2.5-3B-Instruct
 
@@ -123,6 +124,7 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}: the weights in {folder} lack {missing}; save the whole model again.")
+    set_packed(model)
     keep_layout(model)
     return model if device is None else model.to(device)
 
@@ -142,13 +144,17 @@ def load_language_model(config: ModelConfig, device: torch.device, *, key: str =
         quantise=config.quantise,
         device=device,
     )
-    lm = wrap(model, tokenizer)
+    lm = wrap(model, tokenizer, config.attention)
     _check_logits(lm, folder, key)
     return lm
 
 
-def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
-    """Read from the model's config what happens between its last hidden state and its logits."""
+def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str = "auto") -> LanguageModel:
+    """Read from the model's config what happens between its last hidden state and its logits.
+
+    attention: the kernel for packed rows, as model.attention names it.
+    """
+    set_packed(model, attention)
     text = model.config.get_text_config()
     scale = 1.0
     if getattr(text, "logit_scale", None) is not None:  # Cohere multiplies

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from airl_fast.config import OptimConfig
 from airl_fast.models.load import LanguageModel, wrap
 from airl_fast.optim import Optimiser, make_optimiser
-from airl_fast.types import Kind, Trace
+from airl_fast.types import Kind, Trace, TraceBatch
 
 CPU = torch.device("cpu")
 EVERYTHING = 1 << 20  # a micro-batch budget that cuts nothing
@@ -78,6 +78,13 @@ def random_traces(seed: int, groups: int = 3, samples: int = 3, vocab_size: int 
             )
         )
     return made
+
+
+def whole_sequences(batch: TraceBatch) -> list[torch.Tensor]:
+    """Prompt and completion of every sequence, int64, taken back out of the rows."""
+    prompts = batch.tokens[: batch.segments.prompt_rows].split(batch.segments.prompts)
+    completions = batch.labels.split(batch.loss_lengths)
+    return [torch.cat([prompts[p], c]) for p, c in zip(batch.prompt_of, completions, strict=True)]
 
 
 def plain_optimiser(parameters, learning_rate: float) -> Optimiser:

@@ -24,7 +24,7 @@ from airl_fast.traces import TraceMaker
 from airl_fast.train import airl_step
 from airl_fast.types import Trace
 from tests.airl_fast.data.test_chat import CHATML, FORMATS, QWEN, byte_level
-from tests.airl_fast.model_cases import CPU
+from tests.airl_fast.model_cases import CPU, whole_sequences
 
 TASK = make_task("arithmetic", train_size=12)
 EXAMPLES = TASK.load("train", 4)
@@ -62,7 +62,7 @@ def test_the_discriminator_reads_the_conversation_in_its_own_format(name):
     bridge = bridge_to(name)
     traces = traces_of(bridge)
     batch, chat = bridge.pack(traces, EXAMPLES), FORMATS[name]
-    for s, (tokens, found) in enumerate(zip(batch.tokens.split(batch.lengths), traces, strict=True)):
+    for s, (tokens, found) in enumerate(zip(whole_sequences(batch), traces, strict=True)):
         completion = batch.labels.split(batch.loss_lengths)[s].tolist()
         prompt = tokens.tolist()[: -len(completion)]
         assert prompt == chat.prompt_tokens(EXAMPLES[found.group].prompt)

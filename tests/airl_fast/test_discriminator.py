@@ -23,6 +23,7 @@ from tests.airl_fast.model_cases import (
     plain_optimiser,
     random_traces,
     trace,
+    whole_sequences,
 )
 
 HEADS = {"linear": ("linear", 0), "action": ("action", 0), "low-rank action": ("action", 3), "logprob": ("logprob", 0)}
@@ -53,8 +54,8 @@ def boundaries(t: Trace) -> Boundaries:
     return Boundaries(steps=tuple(range(2, len(t.tokens), 4)), blocks=(len(t.tokens) // 2,))
 
 
-def batch_of(seed=0) -> TraceBatch:
-    return pack(random_traces(seed), CPU, boundaries)
+def batch_of(seed=0, groups=3) -> TraceBatch:
+    return pack(random_traces(seed, groups), CPU, boundaries)
 
 
 # ---- the same, one sequence at a time ----
@@ -65,7 +66,7 @@ def sequence_logits(model: Discriminator, batch: TraceBatch) -> list[torch.Tenso
     found = []
     head = model.head
     reference = copy.deepcopy(model.reference[0].model).double()
-    for tokens, count in zip(batch.tokens.split(batch.lengths), batch.loss_lengths, strict=True):
+    for tokens, count in zip(whole_sequences(batch), batch.loss_lengths, strict=True):
         states = model.backbone(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
         rows = []
         for t in range(len(tokens) - count, len(tokens)):  # the completion's tokens
@@ -124,7 +125,7 @@ def expected_loss(model: Discriminator, batch: TraceBatch) -> torch.Tensor:
 def penalty(model: Discriminator, batch: TraceBatch) -> torch.Tensor:
     """(|dz/dh| - 1)², the gradient taken by autograd, over all completion tokens."""
     head, squares = model.head, []
-    for tokens, count in zip(batch.tokens.split(batch.lengths), batch.loss_lengths, strict=True):
+    for tokens, count in zip(whole_sequences(batch), batch.loss_lengths, strict=True):
         for token in tokens[-count:]:
             if model.config.head != "action":
                 slope = head.weight
@@ -183,8 +184,8 @@ def test_weights_and_targets(config):
 
 @pytest.mark.parametrize(("head", "loss"), CASES)
 def test_micro_batches_change_nothing(head, loss):
-    batch = batch_of(4)
-    assert batch.max_seqlen * batch.num_sequences > 256
+    batch = batch_of(4, groups=5)
+    assert batch.segments.num_rows > 256
     whole = None
     for budget in (EVERYTHING, 1024, 256, 64):
         model, stats = discriminator(head, budget=budget, **LOSSES[loss]), []

@@ -16,7 +16,7 @@ from airl_fast.models.build import build_model, build_tokenizer
 from airl_fast.models.forward import hidden_states, token_logprobs
 from airl_fast.models.load import load_language_model, wrap
 from airl_fast.pack import pack
-from tests.airl_fast.model_cases import CPU, language_model, random_traces
+from tests.airl_fast.model_cases import CPU, language_model, random_traces, whole_sequences
 
 # Every way between the last hidden state and the logits: plain, bias, cap, multiplied, divided.
 ARCHITECTURES = {
@@ -56,14 +56,20 @@ def model_of(name: str, **changes):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "mistral", "gemma2"])
-def test_states_of_padded_sequences_are_those_of_each_alone(name):
+@pytest.mark.parametrize("share", [True, False])
+def test_states_of_packed_sequences_are_those_of_each_alone(name, share):
     lm = wrap(model_of(name), None)
-    batch = pack(random_traces(0), CPU)
-    assert len(set(batch.lengths)) > 5
-    packed = hidden_states(lm.model.base_model, batch).split(batch.lengths)
-    for sequence, ours in zip(batch.tokens.split(batch.lengths), packed, strict=True):
-        alone = lm.model.base_model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
-        torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-5)
+    batch = pack(random_traces(0), CPU, share=share)
+    assert len(set(batch.loss_lengths)) > 5
+    packed = hidden_states(lm.backbone, batch)
+    before, after = (
+        packed[batch.loss_rows].split(batch.loss_lengths),
+        packed[batch.label_rows].split(batch.loss_lengths),
+    )
+    for sequence, predicting, reading in zip(whole_sequences(batch), before, after, strict=True):
+        alone = lm.backbone(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(predicting, alone[-len(predicting) - 1 : -1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(reading, alone[-len(reading) :], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -74,7 +80,7 @@ def test_log_probabilities_are_those_of_the_models_own_logits(name, temperature)
     ours, entropy = token_logprobs(lm, batch, temperature=temperature, entropy=True)
     expected, spread = [], []
     lm.model.double()
-    for sequence, completion in zip(batch.tokens.split(batch.lengths), batch.loss_lengths, strict=True):
+    for sequence, completion in zip(whole_sequences(batch), batch.loss_lengths, strict=True):
         logits = lm.model(input_ids=sequence[None]).logits[0, -completion - 1 : -1]
         logp = (logits.double() / temperature).log_softmax(-1)
         expected.append(logp.gather(1, sequence[-completion:, None])[:, 0])
@@ -92,7 +98,7 @@ def test_log_probabilities_have_the_gradient_of_the_model():
     ours = {name: parameter.grad.clone() for name, parameter in lm.model.named_parameters()}
     lm.model.zero_grad()
     offset = 0
-    for sequence, completion in zip(batch.tokens.split(batch.lengths), batch.loss_lengths, strict=True):
+    for sequence, completion in zip(whole_sequences(batch), batch.loss_lengths, strict=True):
         logp = lm.model(input_ids=sequence[None]).logits[0, -completion - 1 : -1].log_softmax(-1)
         taken = logp.gather(1, sequence[-completion:, None])[:, 0]
         (taken * weights[offset : offset + completion]).sum().backward()

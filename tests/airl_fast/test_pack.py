@@ -1,4 +1,4 @@
-"""Packing: who predicts whom, by hand; a part of a batch is the batch of that part; micro-batches lose nothing."""
+"""Packing: who predicts whom, by hand; a part of a batch is the batch of that part."""
 
 import math
 from dataclasses import fields
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airl_fast.pack import Boundaries, micro_batches, pack, select
-from airl_fast.types import Kind, Trace, TraceBatch
+from airl_fast.pack import Boundaries, pack, select
+from airl_fast.types import Kind, Segments, Trace, TraceBatch
 from tests.airl_fast.model_cases import CPU, random_traces, trace
 
 
@@ -51,11 +51,14 @@ def test_worked_by_hand():
         CPU,
         lambda t: Boundaries(steps=(0,), blocks=()) if len(t.tokens) == 3 else Boundaries(),
     )
-    assert batch.tokens.tolist() == [1, 2, 11, 12, 13, 3, 14, 1, 2, 15, 16]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3]
-    assert batch.cu_seqlens.tolist() == [0, 5, 7, 11]
-    # The state at row 1 (token 2, the prompt's last) predicts 11; the state at row 5 (token 3) predicts 14.
-    assert batch.loss_rows.tolist() == [1, 2, 3, 5, 8, 9]
+    # Two prompts, then the completions of the first, then those of the second.
+    assert batch.tokens.tolist() == [1, 2, 3, 11, 12, 13, 15, 16, 14]
+    assert batch.positions.tolist() == [0, 1, 0, 2, 3, 4, 2, 3, 1]
+    assert batch.segments == Segments(prompts=(2, 1), completions=(3, 2, 1), counts=(2, 1))
+    assert batch.prompt_of == (0, 1, 0)
+    # The state at row 1 (token 2, the first prompt's last) predicts both 11 and 15; that at row 2 (token 3) 14.
+    assert batch.loss_rows.tolist() == [1, 3, 4, 2, 1, 6]
+    assert batch.label_rows.tolist() == [3, 4, 5, 8, 6, 7]
     assert batch.labels.tolist() == [11, 12, 13, 14, 15, 16]
     assert batch.loss_cu_seqlens.tolist() == [0, 3, 4, 6]
     assert batch.step_ends.tolist() == [True, False, True, True, False, True]
@@ -64,24 +67,32 @@ def test_worked_by_hand():
     assert batch.kind.tolist() == [Kind.EXPERT, Kind.POLICY, Kind.PERTURBED]
     assert batch.pair.tolist() == [-1, -1, 0]
     assert batch.correct.tolist() == [True, False, False]
-    assert batch.lengths == (5, 2, 4) and batch.loss_lengths == (3, 1, 2)
-    assert (batch.max_seqlen, batch.num_sequences, batch.num_loss_tokens) == (5, 3, 6)
+    assert batch.kinds == (Kind.EXPERT, Kind.POLICY, Kind.PERTURBED) and batch.pairs == (-1, -1, 0)
+    assert batch.loss_lengths == (3, 1, 2)
+    assert (batch.segments.num_rows, batch.num_sequences, batch.num_loss_tokens) == (9, 3, 6)
     sampled = batch.behaviour_logprobs.tolist()
     assert sampled[3] == -0.5 and all(math.isnan(value) for i, value in enumerate(sampled) if i != 3)
     assert batch.per_token(torch.tensor([7, 8, 9])).tolist() == [7, 7, 7, 8, 9, 9]
 
 
-@given(st.integers(0, 10**6))
+@given(st.integers(0, 10**6), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_every_label_is_the_token_after_its_row(seed):
-    batch = pack(random_traces(seed), CPU, boundaries)
-    assert torch.equal(batch.tokens[batch.loss_rows + 1], batch.labels)
-    sequence = batch.per_token(torch.arange(batch.num_sequences))
-    starts = batch.cu_seqlens[:-1].long()[sequence]
-    assert torch.equal(starts + batch.positions[batch.loss_rows], batch.loss_rows)
+def test_every_row_holds_the_token_of_its_place(seed, share):
+    traces = random_traces(seed)
+    batch = pack(traces, CPU, boundaries, share=share)
+    distinct = len({t.prompt_tokens for t in traces}) if share else len(traces)
+    assert len(batch.segments.prompts) == distinct
+    assert batch.segments.num_rows == len(batch.tokens) == len(batch.positions)
+    before, at = batch.loss_rows.split(batch.loss_lengths), batch.label_rows.split(batch.loss_lengths)
+    for t, predicting, reading in zip(traces, before, at, strict=True):
+        whole = torch.tensor(t.prompt_tokens + t.tokens)
+        start = len(t.prompt_tokens)
+        assert torch.equal(batch.tokens[reading], whole[start:])
+        assert torch.equal(batch.tokens[predicting], whole[start - 1 : -1])
+        assert torch.equal(batch.positions[reading], torch.arange(start, len(whole)))
+        assert torch.equal(batch.positions[predicting], torch.arange(start - 1, len(whole) - 1))
     last = batch.loss_cu_seqlens[1:].long() - 1
     assert batch.step_ends[last].all() and batch.block_ends[last].all()
-    assert torch.equal(batch.loss_rows[last] + 1, batch.cu_seqlens[1:].long() - 1)  # the last token is a label
 
 
 @given(st.integers(0, 10**6), st.randoms(use_true_random=False))
@@ -103,31 +114,6 @@ def test_pairs_follow_their_sources_or_are_forgotten():
     assert batch.pair.tolist() == [-1, -1, -1, -1, 0, 2]
     assert select(batch, [5, 3, 2])[0].pair.tolist() == [2, -1, -1]
     assert select(batch, [4, 1])[0].pair.tolist() == [-1, -1]
-
-
-@given(st.integers(0, 10**6), st.integers(1, 600))
-@settings(max_examples=40, deadline=None)
-def test_micro_batches_cover_every_row_once_within_their_budget(seed, budget):
-    traces = random_traces(seed)
-    whole = pack(traces, CPU, boundaries)
-    parts = list(micro_batches(whole, budget))
-    assert sorted(torch.cat([index for _, index in parts]).tolist()) == list(range(whole.num_loss_tokens))
-    widths = []
-    for part, index in parts:
-        owners = torch.unique_consecutive(whole.per_token(torch.arange(len(traces)))[index]).tolist()
-        assert_same(part, pack(without_absent_pairs(traces, owners), CPU, boundaries))
-        families = {s if traces[s].pair is None else traces[s].pair for s in owners}
-        assert part.max_seqlen * part.num_sequences <= budget or len(families) == 1
-        assert all(traces[s].pair is None or traces[s].pair in owners for s in owners)
-        widths.append(part.max_seqlen)
-    assert len(parts) == 1 or widths == sorted(widths, reverse=True)
-
-
-def test_a_batch_that_fits_is_not_cut():
-    whole = pack(random_traces(1), CPU)
-    ((part, index),) = micro_batches(whole, whole.max_seqlen * whole.num_sequences)
-    assert part is whole and index.tolist() == list(range(whole.num_loss_tokens))
-    assert len(list(micro_batches(whole, whole.max_seqlen * whole.num_sequences - 1))) > 1
 
 
 def test_traces_that_cannot_be_packed():

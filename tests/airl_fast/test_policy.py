@@ -9,6 +9,7 @@ import torch
 
 from airl_fast import sft
 from airl_fast.config import OptimConfig, PolicyConfig
+from airl_fast.microbatch import TokenBudget
 from airl_fast.models.forward import token_logprobs
 from airl_fast.pack import pack, select
 from airl_fast.policy import Policy, PolicyStats
@@ -24,6 +25,7 @@ from tests.airl_fast.model_cases import (
     plain_optimiser,
     random_traces,
     trace,
+    whole_sequences,
 )
 
 START = language_model(seed=8, spread=0.25)
@@ -67,7 +69,7 @@ def shifted(batch: TraceBatch, amount: torch.Tensor) -> TraceBatch:
 
 def sequence_logprobs(model, batch: TraceBatch, temperature: float) -> list[torch.Tensor]:
     found = []
-    for tokens, count in zip(batch.tokens.split(batch.lengths), batch.loss_lengths, strict=True):
+    for tokens, count in zip(whole_sequences(batch), batch.loss_lengths, strict=True):
         logp = (model(input_ids=tokens[None]).logits[0, -count - 1 : -1] / temperature).log_softmax(-1)
         found.append(logp.gather(1, tokens[-count:, None])[:, 0])
     return found
@@ -190,7 +192,7 @@ def test_micro_batches_change_nothing(kl):
     batch = rollout(seed=5)
     batch = shifted(batch, torch.randn(batch.num_loss_tokens) * 0.3)
     advantages = torch.randn(batch.num_loss_tokens)
-    assert batch.max_seqlen * batch.num_sequences > 256
+    assert batch.segments.num_rows > 256
     reference = language_model(seed=9, spread=0.25)
     whole = None
     for budget in (EVERYTHING, 1024, 256, 64, 1):
@@ -291,9 +293,7 @@ def test_what_the_log_shows():
     assert stats.mismatch_max_ratio.item() == pytest.approx((now - sampler).exp().max().item(), rel=1e-4)
     assert gradients(batch, torch.zeros(batch.num_loss_tokens))[1].kl_to_start.isnan()
     entropies = []
-    for tokens, count, kind in zip(
-        batch.tokens.split(batch.lengths), batch.loss_lengths, batch.kind.tolist(), strict=True
-    ):
+    for tokens, count, kind in zip(whole_sequences(batch), batch.loss_lengths, batch.kind.tolist(), strict=True):
         if kind == Kind.POLICY:
             logp = (model(input_ids=tokens[None]).logits[0, -count - 1 : -1] / 0.7).log_softmax(-1)
             entropies.append(-(logp.exp() * logp).sum(-1))
@@ -324,6 +324,8 @@ def test_a_supervised_step_is_the_mean_over_all_completion_tokens():
     wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
     for budget in (EVERYTHING, 1024, 256, 1):
         lm, stats = copied(START), []
-        found = gradients_of(lm.model, lambda o, lm=lm, s=stats, b=budget: s.append(sft.update(lm, batch, o, b)))
+        found = gradients_of(
+            lm.model, lambda o, lm=lm, s=stats, b=budget: s.append(sft.update(lm, batch, o, TokenBudget(b, "x")))
+        )
         assert stats[0].loss.item() == pytest.approx(loss.item(), abs=1e-5)
         assert_close(found, wanted)
