@@ -117,7 +117,7 @@ class LinearInputs(PolicyInputs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitInputs(PolicyInputs):
-    """logits [N, V], in a buffer of one row more: Liger-Kernel's loss takes logits of one position more than it scores."""
+    """logits [N, V] in a buffer of one row more, which Liger-Kernel's loss wants to see."""
 
     PER_TOKEN: ClassVar = ("logits", "targets", "old_logprobs", "advantages", "mask", "upstream")
     LEAVES: ClassVar = ("logits",)

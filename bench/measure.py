@@ -19,6 +19,7 @@ from bench.shapes import Shape
 from bench.timing import Timing, measure, sets_needed
 from bench.verify import Check, Yardstick
 
+_SLOWEST_PROFILED_MS = 500.0  # the profiler records every operator of a call on the CPU
 _EASE = 2.0  # a problem may take this many times its even share of what is left of the budget
 
 
@@ -32,7 +33,7 @@ class Settings:
     dtype: torch.dtype
     backends: tuple[Backend, ...]
     budget: float | None = None
-    seconds: float = 0.4
+    seconds: float = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +158,7 @@ def _time(problem: Problem, ready: list[Ready], settings: Settings, floors: Floo
     # Timing warms up every backend, so that no compilation is left for the measurement of memory.
     calls = {entry.backend.NAME: _call(entry.run, sets) for entry in ready}
     timings = measure(calls, device, num_sets=count, seconds=settings.seconds)
-    peaks = {entry.backend.NAME: peak_mib(lambda entry=entry: entry.run(full), device) for entry in ready}
+    peaks = {entry.backend.NAME: _peak(entry.run, full, timings[entry.backend.NAME], device) for entry in ready}
     cost = cost_of(case, shape, dtype.itemsize)
     floor_ms = floors.floor_ms(cost, shape, dtype)
     for entry in ready:
@@ -166,8 +167,14 @@ def _time(problem: Problem, ready: list[Ready], settings: Settings, floors: Floo
         yield _row(
             problem, settings, entry, timings[name], cost, floor_ms, peaks[name],
             {other: timings[other].median / timings[name].median for other in others},
-            {other: peaks[other] / peaks[name] for other in others if peaks[name]},
+            {other: peaks[other] / peaks[name] for other in others if peaks[name] and peaks[other]},
         )  # fmt: skip
+
+
+def _peak(run: Run, full: Inputs, timing: Timing, device: torch.device) -> float | None:
+    if device.type == "cpu" and timing.median > _SLOWEST_PROFILED_MS:
+        return None
+    return peak_mib(lambda: run(full), device)
 
 
 def _call(run: Run, sets: Sequence[Inputs]) -> Callable[[int], object]:
@@ -175,7 +182,7 @@ def _call(run: Run, sets: Sequence[Inputs]) -> Callable[[int], object]:
 
 
 def _row(
-    problem: Problem, settings: Settings, entry: Ready, timing: Timing, cost: Cost, floor_ms: float, peak: float,
+    problem: Problem, settings: Settings, entry: Ready, timing: Timing, cost: Cost, floor_ms: float, peak: float | None,
     time_ratios: dict[str, float], memory_ratios: dict[str, float],
 ) -> Row:  # fmt: skip
     sequences = problem.shape.family == "sequences"  # these are float32 whatever the models' type

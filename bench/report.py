@@ -41,11 +41,11 @@ def results_table(rows: Sequence[Row]) -> str:
             [
                 *(("", "", "") if key == last else key),
                 row.backend,
-                _short(row.ms),
-                _short(row.gb_per_s),
-                _short(row.tflop_per_s) if row.flops else "",
+                short(row.ms),
+                short(row.gb_per_s),
+                short(row.tflop_per_s) if row.flops else "",
                 f"{row.percent_of_floor:.0f}%",
-                _short(row.peak_mib),
+                "" if row.peak_mib is None else short(row.peak_mib),
                 f"{row.ms / mine.ms:.2f}x" if mine is not None else "",
             ]
         )
@@ -54,7 +54,7 @@ def results_table(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits that matter, without exponents."""
     if value >= 100:
         return f"{value:.0f}"
@@ -65,8 +65,8 @@ def changes_table(changes: Sequence[Change]) -> str:
     lines = [
         [
             *(change.now.op, change.now.mode, change.now.shape, change.now.backend),
-            _short(change.before.ms),
-            _short(change.now.ms),
+            short(change.before.ms),
+            short(change.now.ms),
             f"{100 * (change.ratio - 1):+.0f}%",
             "SLOWER" if change.slower else "",
         ]

@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves: rows, and what is missing with its reason. Written as JSON, read for --compare."""
+"""What a run leaves: rows, and what is missing with its reason. Written as JSON, read again for --compare."""
 
 import json
 import platform
@@ -22,7 +22,8 @@ class Row:
     ms, ms_p20, ms_p80: milliseconds per call, median and quantiles over `samples` samples.
     bytes, flops: the least the op has to do (`costs.py`), the same for every backend; gb_per_s and tflop_per_s are
     these over the median. floor_ms: that work at the rate measured in this run; bound says which, "copy" or "gemm".
-    percent_of_floor: 100·floor_ms/ms. peak_mib: memory beyond the inputs, gradients included.
+    percent_of_floor: 100·floor_ms/ms. peak_mib: memory beyond the inputs, gradients included;
+    None on the CPU for calls of more than half a second, which the profiler would slow down much further.
     error, budget: of the verification (`verify.py`).
     ratio_to_peer: of our rows only, each peer's median over ours; above 1 we are faster.
     memory_ratio_to_peer: likewise of peak_mib; above 1 we need less.
@@ -46,7 +47,7 @@ class Row:
     bound: str
     floor_ms: float
     percent_of_floor: float
-    peak_mib: float
+    peak_mib: float | None
     error: float
     budget: float
     ratio_to_peer: dict[str, float] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Absent:
-    """A row that is not there. kind: "skipped" (does not apply), "failed" (wrong, or raised) or "left out" (no time)."""
+    """A row that is not there. kind: "skipped" (not applicable), "failed" (wrong, or raised), "left out" (no time)."""
 
     kind: str
     op: str

@@ -74,10 +74,9 @@ LISTS: dict[str, tuple[str, ...]] = {
         *("logits:4096x151936", "logits:4096x128256", "logits:4096x152064"),
     ),
     "cpu": (
-        *("linear:256x128x8192", "linear:64x64x50257"),
-        *("head:4096x256x8192", "head:16384x896x8192"),
-        *("sequences:272x300", "sequences:16x64", "sequences:1x100000"),
-        *("logits:256x8192", "logits:64x50257"),
+        *("linear:256x128x8192", "head:8192x896x8192"),
+        *("sequences:272x300", "sequences:1x100000"),
+        "logits:256x8192",
     ),
 }
 

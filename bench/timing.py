@@ -78,8 +78,10 @@ class _Sampler:
     def __init__(self, call: Call, device: torch.device, num_sets: int) -> None:
         self.call, self.device, self.num_sets = call, device, num_sets
         self.next, self.calls, self.host_seconds = 0, 1, 0.0
-        self.sample()
-        self.estimate = min(self.sample() for _ in range(1 if self.host_seconds > 1 else 2)) / 1e3
+        start = time.perf_counter()
+        first = self.sample()  # with compilation, where there is any
+        slow = time.perf_counter() - start > 1.0
+        self.estimate = min(first if slow else self.sample(), self.sample()) / 1e3
         self.calls = min(_MOST_CALLS, math.ceil(_SAMPLE_SECONDS[device.type] / max(self.estimate, 1e-9)))
 
     def samples_within(self, seconds: float, most: int) -> int:

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Result, Run, Unsupported
-from bench.inputs import GAMMA, LAMBDA, SequenceInputs
-from bench.peers._limits import require_few_steps
+from bench.inputs import GAMMA, SequenceInputs
 from bench.shapes import Shape
 
 NAME = "python loop"
+MOST_TOKENS = 100_000
 
 
 def version() -> str | None:
@@ -20,38 +20,20 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def prepare(case: Case, shape: Shape) -> Run:
-    functions = {"discounted_returns": _discounted_returns, "gae": _gae}
-    if case.op not in functions:
+    if case.op != "discounted_returns":
         raise Unsupported("it is not written as such a loop.")
-    require_few_steps(case, shape, shape.tokens)
-    return functions[case.op]
-
-
-def _lengths(inputs: SequenceInputs) -> list[int]:
-    batch, length = inputs.rewards.shape
-    return [length] * batch if inputs.mask is None else inputs.mask.sum(1).tolist()
+    if shape.tokens > MOST_TOKENS:
+        raise Unsupported(f"{shape.tokens} tokens one after the other are more than {MOST_TOKENS}.")
+    return _discounted_returns
 
 
 def _discounted_returns(inputs: SequenceInputs) -> Result:
+    batch, longest = inputs.rewards.shape
+    lengths = [longest] * batch if inputs.mask is None else inputs.mask.sum(1).tolist()
     out = torch.zeros_like(inputs.rewards)
-    for b, length in enumerate(_lengths(inputs)):
+    for b, length in enumerate(lengths):
         running: Tensor | float = 0.0
         for t in reversed(range(length)):
             running = inputs.rewards[b, t] + GAMMA * running
             out[b, t] = running
     return Result(outputs=(out,), gradients=())
-
-
-def _gae(inputs: SequenceInputs) -> Result:
-    rewards, values = inputs.rewards, inputs.values
-    out = torch.zeros_like(rewards)
-    for b, length in enumerate(_lengths(inputs)):
-        running: Tensor | float = 0.0
-        following: Tensor | float = 0.0
-        for t in reversed(range(length)):
-            delta = rewards[b, t] + GAMMA * following - values[b, t]
-            running = delta + GAMMA * LAMBDA * running
-            following = values[b, t]
-            out[b, t] = running
-    live = 1.0 if inputs.mask is None else inputs.mask
-    return Result(outputs=(out, out + values * live), gradients=())

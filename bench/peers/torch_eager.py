@@ -20,6 +20,5 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def prepare(case: Case, shape: Shape) -> Run:
-    if shape.family == "sequences":
-        require_few_steps(case, shape, shape.size("length"))
+    require_few_steps(case, shape)
     return by_autograd(case, forward_of(case))
