@@ -163,9 +163,7 @@ def _finish(model: PreTrainedModel, base: str) -> None:
 def _check_targets(model: PreTrainedModel, targets: list[str], key: str) -> None:
     names = dict(model.named_modules())
     head = model.get_output_embeddings()
-    linear = sorted(
-        {n.rpartition(".")[2] for n, m in names.items() if isinstance(m, nn.Linear) and m is not head}
-    )
+    linear = sorted({n.rpartition(".")[2] for n, m in names.items() if isinstance(m, nn.Linear) and m is not head})
     for target in targets:
         found = [module for name, module in names.items() if name == target or name.endswith(f".{target}")]
         if head is not None and any(module is head for module in found):
