@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("-o", "--out", help="file to write (prepare)")
         action.set_defaults(command=_data, action=name)
 
+    bench = commands.add_parser("bench", help="measure the fused operations, or a training step")
+    bench.add_argument("name", metavar="ops|step|roofline|resources")
+    bench.add_argument("flags", nargs=argparse.REMAINDER, help="passed on; see `airl-fast bench ops --help`")
+    bench.set_defaults(command=_bench)
+
     doctor = commands.add_parser("doctor", help="say what this machine has, and what would run on what")
     doctor.set_defaults(command=_doctor)
     presets = commands.add_parser("presets", help="list the presets")
@@ -221,6 +226,12 @@ def _options(words: Sequence[str]) -> dict[str, object]:
             raise UserError(f"{word}: options are written key=value, such as path=data/gsm8k.")
         options[key] = parse_yaml(value, origin=word) if key != "path" else value
     return options
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from airl_fast.benchmark import run_benchmark
+
+    return run_benchmark(arguments.name, arguments.flags)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

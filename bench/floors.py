@@ -1,56 +1,49 @@
-"""What this machine can do, measured in the same run as the ops: a large copy, and matrix products by cuBLAS or MKL."""
+"""What this machine can do: a large copy, or a matrix product by cuBLAS or MKL.
 
-import functools
-from dataclasses import dataclass, field
+Timed in turns with the backends of every problem, so that a machine that slows down lowers the floor as well.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from bench.costs import Cost
-from bench.shapes import Shape
-from bench.timing import median_ms
+from bench.inputs import Inputs, LinearInputs
 
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
+_MOST_ROWS = 4096
 
 
-@dataclass(slots=True)
-class Floors:
-    """Rates measured on first use and kept. rates: name -> GB/s or TFLOP/s, for the report."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """name: of the rate, with its unit. call: does `work`, in 10^9 bytes (read and written) or 10^12 operations."""
 
-    device: torch.device
-    rates: dict[str, float] = field(default_factory=dict)
+    name: str
+    call: Callable[[int], object]
+    work: float
 
-    def copy_rate(self) -> float:
-        """GB/s (10^9 bytes), read and written bytes together."""
-        return self._rate("copy GB/s", lambda: copy_rate(self.device))
+    def rate(self, ms: float) -> float:
+        """GB/s or TFLOP/s."""
+        return 1e3 * self.work / ms
 
-    def gemm_rate(self, shape: Shape, dtype: torch.dtype) -> float:
-        """TFLOP/s of hidden [N, H] times weight.T [H, V], N at most 4096."""
-        sizes = min(shape.tokens, 4096), shape.size("hidden"), shape.size("vocabulary")
-        name = f"gemm {'x'.join(map(str, sizes))} {str(dtype).removeprefix('torch.')} TFLOP/s"
-        return self._rate(name, lambda: gemm_rate(*sizes, dtype, self.device))
-
-    def floor_ms(self, cost: Cost, shape: Shape, dtype: torch.dtype) -> float:
-        """The time of that many operations, or bytes, at the rate measured here."""
-        if cost.bound == "gemm":
-            return cost.flops / self.gemm_rate(shape, dtype) / 1e9
-        return cost.bytes / self.copy_rate() / 1e6
-
-    def _rate(self, name: str, measure) -> float:
-        if name not in self.rates:
-            self.rates[name] = measure()
-        return self.rates[name]
+    def floor_ms(self, cost: Cost, ms: float) -> float:
+        """How long the op's bytes, or operations, take at the rate of this probe, whose call took `ms`."""
+        needed = cost.flops / 1e12 if cost.bound == "gemm" else cost.bytes / 1e9
+        return ms * needed / self.work
 
 
-def copy_rate(device: torch.device) -> float:
+def probe_for(cost: Cost, inputs: Inputs, device: torch.device) -> Probe:
+    """The product of the problem's own hidden states (at most 4096) and weight, or a copy beyond any cache."""
+    if cost.bound == "gemm" and isinstance(inputs, LinearInputs):
+        hidden, columns = inputs.hidden.detach()[:_MOST_ROWS], inputs.weight.detach().t()
+        out = hidden.new_empty(hidden.shape[0], columns.shape[1])
+        sizes = f"{hidden.shape[0]}x{hidden.shape[1]}x{columns.shape[1]}"
+        return Probe(
+            name=f"gemm {sizes} TFLOP/s",
+            call=lambda _: torch.mm(hidden, columns, out=out),
+            work=2 * hidden.numel() * columns.shape[1] / 1e12,
+        )
     source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    ms = median_ms(lambda: target.copy_(source), device)
-    return 2 * source.numel() * 4 / ms / 1e6
-
-
-def gemm_rate(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> float:
-    hidden = torch.randn(rows, width, device=device).to(dtype)
-    weight = torch.randn(vocabulary, width, device=device, dtype=dtype)
-    out = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-    ms = median_ms(functools.partial(torch.mm, hidden, weight.t(), out=out), device)
-    return 2 * rows * width * vocabulary / ms / 1e9
+    return Probe(name="copy GB/s", call=lambda _: target.copy_(source), work=2 * source.numel() * 4 / 1e9)

@@ -10,7 +10,7 @@ import torch
 from bench import peers
 from bench.cases import CASES, Backend, Case, Run, Unsupported
 from bench.costs import Cost, cost_of
-from bench.floors import Floors
+from bench.floors import Probe, probe_for
 from bench.inputs import Inputs, make_inputs
 from bench.memory import peak_mib
 from bench.peers._limits import require_room_for_logits
@@ -83,9 +83,7 @@ def problems(shapes: Sequence[Shape], ops: Sequence[str]) -> list[Problem]:
     return sorted(found, key=lambda problem: (problem.case.rank, order[problem.shape.name]))
 
 
-def run_all(
-    todo: Sequence[Problem], settings: Settings, floors: Floors, progress: Callable[[str], None]
-) -> Iterator[Row | Absent]:
+def run_all(todo: Sequence[Problem], settings: Settings, progress: Callable[[str], None]) -> Iterator[Row | Absent]:
     """Yield rows and what is missing, problem by problem."""
     budget = Budget(settings.budget)
     for number, problem in enumerate(todo):
@@ -95,15 +93,13 @@ def run_all(
             reason = f"the {settings.budget:g} s of --budget-s were used up."
             yield from (problem.absent("left out", backend, reason) for backend in settings.backends)
             continue
-        yield from _run(problem, settings, floors, budget, budget.deadline(len(todo) - number))
+        yield from _run(problem, settings, budget, budget.deadline(len(todo) - number))
         gc.collect()
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()  # the next problem's estimate of what fits
 
 
-def _run(
-    problem: Problem, settings: Settings, floors: Floors, budget: Budget, deadline: float | None
-) -> Iterator[Row | Absent]:
+def _run(problem: Problem, settings: Settings, budget: Budget, deadline: float | None) -> Iterator[Row | Absent]:
     case, shape, device, dtype = problem.case, problem.shape, settings.device, settings.dtype
     ready: list[Ready] = []
     yardstick = Yardstick(case, shape, dtype, device)
@@ -122,7 +118,7 @@ def _run(
             yield outcome
     del yardstick
     if ready:
-        yield from _time(problem, ready, settings, floors, full)
+        yield from _time(problem, ready, settings, full)
 
 
 def _prepare(
@@ -151,21 +147,23 @@ def _prepare(
     return Ready(backend=backend, run=run, check=check)
 
 
-def _time(problem: Problem, ready: list[Ready], settings: Settings, floors: Floors, full: Inputs) -> Iterator[Row]:
+def _time(problem: Problem, ready: list[Ready], settings: Settings, full: Inputs) -> Iterator[Row]:
     case, shape, device, dtype = problem.case, problem.shape, settings.device, settings.dtype
     count = sets_needed(full.num_bytes, device)
     sets = [full, *(make_inputs(case, shape, dtype, device, seed) for seed in range(1, count))]
-    # Timing warms up every backend, so that no compilation is left for the measurement of memory.
-    calls = {entry.backend.NAME: _call(entry.run, sets) for entry in ready}
-    timings = measure(calls, device, num_sets=count, seconds=settings.seconds)
-    peaks = {entry.backend.NAME: _peak(entry.run, full, timings[entry.backend.NAME], device) for entry in ready}
     cost = cost_of(case, shape, dtype.itemsize)
-    floor_ms = floors.floor_ms(cost, shape, dtype)
+    probe = probe_for(cost, full, device)
+    calls = {probe.name: probe.call} | {entry.backend.NAME: _call(entry.run, sets) for entry in ready}
+    timings = measure(calls, device, num_sets=count, seconds=settings.seconds)
+    probed = timings.pop(probe.name).median
+    del sets[1:]
+    # Timing has warmed up every backend, so that no compilation is left for the measurement of memory.
+    peaks = {entry.backend.NAME: _peak(entry.run, full, timings[entry.backend.NAME], device) for entry in ready}
     for entry in ready:
         name = entry.backend.NAME
         others = [other for other in timings if other != name] if entry.backend is peers.airl else []
         yield _row(
-            problem, settings, entry, timings[name], cost, floor_ms, peaks[name],
+            problem, settings, entry, timings[name], cost, probe, probed, peaks[name],
             {other: timings[other].median / timings[name].median for other in others},
             {other: peaks[other] / peaks[name] for other in others if peaks[name] and peaks[other]},
         )  # fmt: skip
@@ -182,9 +180,11 @@ def _call(run: Run, sets: Sequence[Inputs]) -> Callable[[int], object]:
 
 
 def _row(
-    problem: Problem, settings: Settings, entry: Ready, timing: Timing, cost: Cost, floor_ms: float, peak: float | None,
+    problem: Problem, settings: Settings, entry: Ready, timing: Timing, cost: Cost, probe: Probe,
+    probed_ms: float, peak: float | None,
     time_ratios: dict[str, float], memory_ratios: dict[str, float],
 ) -> Row:  # fmt: skip
+    floor_ms = probe.floor_ms(cost, probed_ms)
     sequences = problem.shape.family == "sequences"  # these are float32 whatever the models' type
     return Row(
         device=settings.device_name,
@@ -203,6 +203,7 @@ def _row(
         flops=cost.flops,
         tflop_per_s=cost.flops / timing.median / 1e9,
         bound=cost.bound,
+        floor_rate=probe.rate(probed_ms),
         floor_ms=floor_ms,
         percent_of_floor=100 * floor_ms / timing.median,
         peak_mib=peak,

@@ -16,7 +16,6 @@ import torch
 
 from bench.cases import OPS, Backend
 from bench.errors import BadArgument, Parser, run_command
-from bench.floors import Floors
 from bench.measure import Settings, problems, run_all
 from bench.peers import BACKENDS, airl
 from bench.report import absences, changes_table, plot, results_table
@@ -93,8 +92,7 @@ def measure_ops(
     todo = problems(load_shapes(shapes or ("gpu" if place.type == "cuda" else "cpu")), _chosen_ops(ops))
     if not todo:
         raise BadArgument("--ops and --shapes have nothing in common; give shapes of the ops' families, or neither.")
-    floors = Floors(place)
-    entries = list(run_all(todo, settings, floors, lambda line: print(line, file=sys.stderr, flush=True)))
+    entries = list(run_all(todo, settings, lambda line: print(line, file=sys.stderr, flush=True)))
     header = {
         "schema": SCHEMA,
         "device": settings.device_name,
@@ -102,7 +100,6 @@ def measure_ops(
         "versions": versions(chosen),
         "threads": torch.get_num_threads(),
         "dtype": str(settings.dtype).removeprefix("torch."),
-        "floors": {name: round(rate, 4) for name, rate in floors.rates.items()},
         "budget_s": budget,
         "seconds": round(time.monotonic() - start, 1),
     }
@@ -140,16 +137,25 @@ def _chosen_backends(text: str | None) -> tuple[Backend, ...]:
 
 def render(document: Document) -> str:
     header = document.header
-    floors = ", ".join(f"{name} {rate:.4g}" for name, rate in header["floors"].items())
     present = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
     parts = [
         f"{header['device']}; {present}; commit {header['commit']}",
-        f"floors: {floors}",
+        _floors(document.rows),
         results_table(document.rows) if document.rows else "no rows",
         absences(document),
         f"{len(document.rows)} rows in {header['seconds']:.0f} s",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _floors(rows: Sequence[Row]) -> str:
+    """The range of the rates that the floors were taken from."""
+    parts = []
+    for bound, unit in (("copy", "GB/s"), ("gemm", "TFLOP/s")):
+        rates = [row.floor_rate for row in rows if row.bound == bound]
+        if rates:
+            parts.append(f"{bound} {min(rates):.3g} to {max(rates):.3g} {unit}")
+    return f"floors, measured in turns with the rows: {', '.join(parts)}" if parts else ""
 
 
 def exit_code(document: Document) -> int:

@@ -96,22 +96,27 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         raise BadArgument(
             "--plot: matplotlib is not installed; `pip install matplotlib`, or leave --plot out."
         ) from None
-    problems = list(dict.fromkeys((row.op, row.mode, row.shape) for row in rows))
     backends = list(dict.fromkeys(row.backend for row in rows))
-    value = {(row.op, row.mode, row.shape, row.backend): row.percent_of_floor for row in rows}
-    height = 0.8 / max(len(backends), 1)
-    figure = Figure(figsize=(9, 1.5 + 0.16 * len(problems) * (len(backends) + 1)), layout="constrained")
+    places, ticks, last = [], {}, None
+    for row in rows:
+        problem = f"{row.op} {row.mode} {row.shape}"
+        places.append((places[-1] if places else 0) + (1 if problem == last else 2))
+        ticks.setdefault(problem, places[-1])
+        last = problem
+    figure = Figure(figsize=(10, 1.5 + 0.13 * (places[-1] if places else 0)), layout="constrained")
     axes = figure.subplots()
-    for number, backend in enumerate(backends):
-        places = [i + number * height for i, problem in enumerate(problems) if (*problem, backend) in value]
-        widths = [value[*problem, backend] for problem in problems if (*problem, backend) in value]
-        bars = axes.barh(places, widths, height, label=backend)
-        axes.bar_label(bars, fmt="%.0f", fontsize=6, padding=2)
-    axes.set_yticks([i + 0.4 for i in range(len(problems))], [" ".join(p) for p in problems], fontsize=7)
+    for backend in backends:
+        mine = [
+            (place, row.percent_of_floor) for place, row in zip(places, rows, strict=True) if row.backend == backend
+        ]
+        bars = axes.barh([place for place, _ in mine], [value for _, value in mine], 0.9, label=backend)
+        axes.bar_label(bars, fmt="%.3g", fontsize=6, padding=2)
+    axes.set_yticks(list(ticks.values()), list(ticks), fontsize=7)
     axes.axvline(100, color="0.5", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set_xlabel("% of the floor measured in the same run (longer is faster)")
-    axes.set_title(title, fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlabel("% of the floor measured in the same run (longer is faster; each tenfold is one step)")
+    figure.suptitle(title, fontsize=9)
     axes.legend(fontsize=7)
     try:
         figure.savefig(path, dpi=130)

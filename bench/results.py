@@ -21,7 +21,8 @@ class Row:
 
     ms, ms_p20, ms_p80: milliseconds per call, median and quantiles over `samples` samples.
     bytes, flops: the least the op has to do (`costs.py`), the same for every backend; gb_per_s and tflop_per_s are
-    these over the median. floor_ms: that work at the rate measured in this run; bound says which, "copy" or "gemm".
+    these over the median. floor_ms: that work at floor_rate, GB/s of a copy or TFLOP/s of a product, as bound says,
+    measured in turns with this row.
     percent_of_floor: 100·floor_ms/ms. peak_mib: memory beyond the inputs, gradients included;
     None on the CPU for calls of more than half a second, which the profiler would slow down much further.
     error, budget: of the verification (`verify.py`).
@@ -45,6 +46,7 @@ class Row:
     flops: int
     tflop_per_s: float
     bound: str
+    floor_rate: float
     floor_ms: float
     percent_of_floor: float
     peak_mib: float | None
@@ -73,7 +75,7 @@ class Absent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """header: schema, device, versions of packages, commit, threads, floors (rates measured), seconds in all."""
+    """header: schema, device, versions of packages, commit, threads, seconds in all."""
 
     header: dict[str, object]
     rows: list[Row]

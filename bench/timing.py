@@ -60,10 +60,6 @@ def measure(
     return {name: summarise(values) for name, values in samples.items()}
 
 
-def median_ms(call: Callable[[], object], device: torch.device) -> float:
-    return measure({"": lambda _: call()}, device, seconds=0.3)[""].median
-
-
 def summarise(samples: Sequence[float]) -> Timing:
     """Quantiles interpolate between samples."""
     low, middle, high = torch.tensor(samples, dtype=torch.float64).quantile(

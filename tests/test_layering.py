@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     "records": {"errors", "types"},
     "services": {"config", "overrides", "checkpoint", "metrics", "progress", "rundir", "doctor"},
-    "tools": {"device", "data", "models", "optim", "pack", "microbatch", "granularity"},
+    "tools": {"device", "data", "models", "optim", "pack", "microbatch", "beside", "granularity"},
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
     "assembly": {
         *("traces", "bridge", "batches", "lab", "warmup", "artifacts", "state", "baselines"),
         *("engines", "evaluate", "preflight", "export"),
     },
     "loop": {"train"},
-    "commands": {"run", "cli", "__main__"},
+    "commands": {"run", "benchmark", "cli", "__main__"},
 }
 RANK = {module: rank for rank, layer in enumerate(LAYERS.values()) for module in layer}
 
