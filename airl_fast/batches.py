@@ -36,7 +36,7 @@ def sample_traces(lab: Lab, prompts: Sequence[Example], per_prompt: int, step: i
 def synchronise(lab: Lab, version: str) -> dict[str, SyncStats]:
     """Give the engine the policy as it stands, and make sure that it took it. Returns what there is to log."""
     lab.engine.push(lab.policy.lm, version)
-    stats = lab.engine.check(lab.policy.lm)
+    stats = lab.engine.check(lab.policy.lm, version)
     return {} if stats is None else {"sync": stats}
 
 

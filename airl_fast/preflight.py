@@ -15,6 +15,7 @@ from airl_fast.lab import Lab, Material, held_out, load_material, make_lab, make
 from airl_fast.models.adapters import count_parameters, is_adapted, is_quantised, require
 from airl_fast.models.load import LanguageModel
 from airl_fast.optim import Optimiser
+from airl_fast.rollout import vllm
 
 
 def check(
@@ -33,6 +34,8 @@ def check(
     for section, settings in (("model", config.model), ("discriminator", config.discriminator)):
         if settings.quantise is not None:
             require("bitsandbytes", f"{section}.quantise={settings.quantise}")
+    if config.rollout.engine == "vllm":
+        vllm.require(config, start)
     lab = make_lab(config, material, start, device, say)
     if config.evaluate.final:
         held_out(lab, "test", say)

@@ -16,6 +16,7 @@ from airl_fast.checkpoint import SignalGuard
 from airl_fast.config import Config
 from airl_fast.data.task import Task
 from airl_fast.device import ops_backend, pick_device
+from airl_fast.engines import engine_of
 from airl_fast.errors import UserError
 from airl_fast.evaluate.final import final_summary
 from airl_fast.evaluate.plots import plot_run
@@ -73,28 +74,30 @@ def train_run(
     )
     with Progress(config.steps, name) as progress, SignalGuard() as guard:
         progress.message(f"device {device}, {torch.get_num_threads()} threads, ops on {ops_backend(device)}, "
-                         f"attention by torch SDPA, sampler {config.rollout.engine}")  # fmt: skip
+                         "attention by torch SDPA")  # fmt: skip
         if not continued:
             model = _warm_start(config, material.task, model, run.path / START, progress, guard)
         lab = make_lab(config, material, model, device, progress.message)
-        trained = baselines.training(config, run.path) if config.evaluate.baselines else nullcontext()
-        with trained as others:
-            _train(lab, run, progress, guard)
-            if others is not None:
-                progress.phase("baselines")
-                progress.message("wait for the baselines " + ", ".join(config.evaluate.baselines))
-                others.wait(lambda: _stop_if_asked(guard, "training is complete; continue with --resume auto"))
-        if not config.evaluate.final:
-            return None
-        progress.phase("evaluate")
+        with engine_of(lab, run.path, "test" if config.evaluate.final else None) as lab:
+            progress.message(f"sampler {lab.engine.name}")
+            trained = baselines.training(config, run.path) if config.evaluate.baselines else nullcontext()
+            with trained as others:
+                _train(lab, run, progress, guard)
+                if others is not None:
+                    progress.phase("baselines")
+                    progress.message("wait for the baselines " + ", ".join(config.evaluate.baselines))
+                    others.wait(lambda: _stop_if_asked(guard, "training is complete; continue with --resume auto"))
+            if not config.evaluate.final:
+                return None
+            progress.phase("evaluate")
 
-        def evaluating(text: str) -> None:
-            _stop_if_asked(guard, "training is complete; evaluate with --resume auto")
-            progress.message(text)
+            def evaluating(text: str) -> None:
+                _stop_if_asked(guard, "training is complete; evaluate with --resume auto")
+                progress.message(text)
 
-        summary = final_summary(lab, run.path, "test", lambda: time.monotonic() - began, evaluating)
-        write_summary(run.path / "summary.json", summary)
-        plot_run(run.path)
+            summary = final_summary(lab, run.path, "test", lambda: time.monotonic() - began, evaluating)
+            write_summary(run.path / "summary.json", summary)
+            plot_run(run.path)
     return summary
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from airl_fast.artifacts import START, load_policy
 from airl_fast.config import Config
 from airl_fast.device import pick_device
+from airl_fast.engines import engine_of
 from airl_fast.errors import UserError
 from airl_fast.evaluate.final import pass_table, sample_policies, summarise
 from airl_fast.evaluate.summary import render_table, write_summary
@@ -21,7 +22,8 @@ def evaluate_command(run: Path, split: str, ks: tuple[int, ...], prompts: int | 
         raise UserError(
             f"--k {max(ks)}: more than the {lab.config.evaluate.samples} samples per prompt; raise --samples."
         )
-    measured = sample_policies(lab, run, split, print)
+    with engine_of(lab, run, split) as sampling:
+        measured = sample_policies(sampling, run, split, print)
     summary = summarise(lab, run, measured, split, lambda: time.monotonic() - began, print)
     write_summary(run / "eval" / f"{split}.json", summary)
     lines = [render_table(summary), f"pass@k on {split}, 95% intervals over prompts"]

@@ -32,6 +32,6 @@ class Samples:
 def sample_policy(lab: Lab, lm: LanguageModel, examples: Sequence[Example], per_prompt: int, purpose: str) -> Samples:
     """`per_prompt` samples of `lm`, by the engine that the run trains with."""
     lab.engine.push(lm, purpose)
-    lab.engine.check(lm)
+    lab.engine.check(lm, purpose)
     traces = sample_traces(lab, examples, per_prompt, 0, purpose)
     return Samples(examples=tuple(examples), traces=tuple(traces), per_prompt=per_prompt)

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from airl_fast.models.load import LanguageModel
-from airl_fast.rollout.engine import Sample, SamplingParams, known_ids
+from airl_fast.rollout.engine import Sample, SamplingParams
 
 
 class Builtin:
@@ -27,7 +27,7 @@ class Builtin:
     def push(self, lm: LanguageModel, version: str) -> None:
         self._lm = lm
 
-    def check(self, lm: LanguageModel) -> None:
+    def check(self, lm: LanguageModel, version: str) -> None:
         return None
 
     def close(self) -> None:
@@ -68,7 +68,6 @@ def _decode(
     drawn: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    known = known_ids(lm)
     for step in range(params.max_new_tokens):
         output = lm.model(
             input_ids=tokens,
@@ -79,8 +78,7 @@ def _decode(
             logits_to_keep=1,
         )
         logits = output.logits[:, -1].float()
-        if known is not None:
-            logits[:, known:] = float("-inf")
+        logits[:, lm.num_tokens :] = float("-inf")  # padding of the vocabulary
         chosen, chosen_logprobs = choose(logits, params.temperature, params.top_p, generator)
         ended = chosen == params.end_token
         for row, token, logprob, end in zip(

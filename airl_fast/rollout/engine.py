@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
-
-from transformers import PreTrainedTokenizerBase
 
 from airl_fast.models.load import LanguageModel
 
@@ -56,7 +53,7 @@ class Engine(Protocol):
     def push(self, lm: LanguageModel, version: str) -> None:
         """Take over the weights of `lm`. version: names them in messages, such as "step 12"."""
 
-    def check(self, lm: LanguageModel) -> SyncStats | None:
+    def check(self, lm: LanguageModel, version: str) -> SyncStats | None:
         """Compare with `lm`, whose weights were pushed last; UserError when the sampler does not hold them.
 
         None where sampler and trainer share their weights, so that there is nothing to compare.
@@ -64,19 +61,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds; it cannot be used afterwards."""
-
-
-def known_ids(lm: LanguageModel) -> int | None:
-    """Ids from here on are rows that pad the model's vocabulary: no token stands for them, so none may be drawn.
-
-    None when the tokenizer knows every id of the model.
-    """
-    if lm.tokenizer is None:
-        return None
-    known = _ids(lm.tokenizer)
-    return known if known < lm.model.config.get_text_config().vocab_size else None
-
-
-@lru_cache(maxsize=8)
-def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    return 1 + max(tokenizer.get_vocab().values())

@@ -8,7 +8,7 @@ import torch
 from airl_fast.models.forward import token_logprobs
 from airl_fast.pack import pack
 from airl_fast.rollout.builtin import Builtin, choose, sample
-from airl_fast.rollout.engine import SamplingParams, known_ids
+from airl_fast.rollout.engine import SamplingParams
 from tests.airl_fast.model_cases import CPU, language_model, trace
 
 END = 3
@@ -154,12 +154,11 @@ def test_greedy_takes_the_first_of_equal_logits():
 
 
 def test_rows_that_pad_the_vocabulary_are_never_drawn():
-    """The model has 40 ids, its tokenizer 33: the same draws with the padded rows' logits at minus infinity."""
+    """The model has 40 ids, its tokenizer 33: the padded rows' logits at minus infinity."""
     lm = language_model(seed=4, spread=0.25)
     free = [t for group in drawn(lm, per_prompt=8) for one in group for t in one.tokens]
     assert max(free) >= 33  # they would be drawn
-    lm = dataclasses.replace(lm, tokenizer=SmallTokenizer(33))
-    assert known_ids(lm) == 33
+    lm = dataclasses.replace(lm, num_tokens=33)
     groups = drawn(lm, per_prompt=8)
     assert max(t for group in groups for one in group for t in one.tokens) == 32
     masked = []
@@ -170,17 +169,6 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn():
             masked += logits.log_softmax(-1).gather(1, torch.tensor(one.tokens)[:, None])[:, 0].tolist()
     kept = [p for group in groups for one in group for p in one.logprobs]
     torch.testing.assert_close(torch.tensor(kept), torch.tensor(masked), atol=1e-5, rtol=0)
-    assert known_ids(dataclasses.replace(lm, tokenizer=SmallTokenizer(40))) is None
-
-
-class SmallTokenizer:
-    """As many ids as said: all that the sampler asks a tokenizer."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def get_vocab(self) -> dict[str, int]:
-        return {str(i): i for i in range(self._size)}
 
 
 def test_the_engine_samples_the_model_that_was_pushed(lm):
@@ -188,5 +176,5 @@ def test_the_engine_samples_the_model_that_was_pushed(lm):
     engine = Builtin(lm)
     assert engine.sample(PROMPTS, 3, PARAMS) == drawn(lm)
     engine.push(other, "other")
-    assert engine.check(other) is None
+    assert engine.check(other, "other") is None
     assert engine.sample(PROMPTS, 3, PARAMS) == drawn(other) != drawn(lm)

@@ -1,0 +1,85 @@
+"""Whole runs that sample with the real vLLM: they learn as with the built-in sampler, resume, and stop when stale."""
+
+import json
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests")
+
+from airl_fast.cli import main
+from airl_fast.engines import SCRATCH
+from airl_fast.rollout.vllm import VllmEngine
+from tests.airl_fast.run_cases import EASY, metrics, train, weights
+
+# vLLM's CPU attention begins at heads of 32: two of them, where the preset has four of 16.
+HEADS = ("model.build.heads=2", "model.build.kv_heads=1")
+SHORT = (
+    *EASY, *HEADS, "steps=4", "checkpoint_every=2", "evaluate.baselines=[]", "evaluate.final=false",
+    "tensorboard=false", "warm_start={updates: 60, batch_size: 32, examples: 2000}",
+)  # fmt: skip
+VLLM = "rollout.engine=vllm"
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
+    """Also that an engine starts from a checkpoint's weights, and that nothing is left of it."""
+    train(*SHORT, VLLM, f"output_dir={tmp_path}", "--run-name", "whole")
+    train(*SHORT, VLLM, f"output_dir={tmp_path}", "--run-name", "parts")
+    parts = tmp_path / "parts"
+    for gone in (parts / "checkpoints" / "step_4", parts / "final"):
+        assert gone.is_dir()
+        gone.rename(tmp_path / gone.name)
+    train(*SHORT, VLLM, f"output_dir={tmp_path}", "--run-name", "parts", "--resume", "auto")
+    whole, again = weights(tmp_path / "whole/final/policy"), weights(parts / "final/policy")
+    assert whole.keys() == again.keys() and all(whole[name].equal(again[name]) for name in whole)
+    lines = metrics(parts)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert 0 <= line["sync/difference"] < 1e-4 < line["sync/moved"] and line["seconds/sync"] > 0
+        assert line["policy/mismatch_kl"] < 1e-6 and line["policy/mismatch_max_ratio"] < 1.01
+    assert not (parts / SCRATCH).exists()
+
+
+def test_a_stale_sampler_stops_the_run_with_one_sentence(tmp_path, monkeypatch, capsys):
+    push = VllmEngine.push
+    monkeypatch.setattr(VllmEngine, "push", lambda self, lm, v: None if v == "step 3" else push(self, lm, v))
+    train(*SHORT, VLLM, f"output_dir={tmp_path}", "--run-name", "stale", code=2)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("airl-fast: the sampler is stale at step 3: the policy's log-probabilities moved by ")
+    checkpoints = sorted(path.name for path in (tmp_path / "stale/checkpoints").iterdir())
+    assert checkpoints == ["step_0", "step_2"] or checkpoints == ["step_2"]
+    monkeypatch.undo()
+    train(*SHORT, VLLM, f"output_dir={tmp_path}", "--run-name", "stale", "--resume", "auto")
+
+
+@pytest.mark.parametrize("quantise", [None, "nf4"])
+def test_adapters_are_swapped_every_step(tmp_path, quantise):
+    """Under nf4 vLLM holds the weights before quantisation: the two differ, but they move together."""
+    words = ("model.lora={rank: 8, alpha: 16}", f"model.quantise={quantise or 'null'}", "steps=3")
+    train(*SHORT, *words, VLLM, f"output_dir={tmp_path}", "--run-name", "lora")
+    lines = metrics(tmp_path / "lora")
+    assert len(lines) == 3
+    for line in lines:
+        assert line["sync/moved"] > 0
+        assert (line["sync/difference"] < 1e-4) == (quantise is None)
+    assert not (tmp_path / "lora" / SCRATCH).exists()
+
+
+def test_it_learns_what_the_builtin_sampler_learns(tmp_path):
+    """Two runs of the embedded task, made easier: pass@1 from their samplers agree within the intervals, and both are
+    above the start policy's."""
+    words = (
+        *EASY, *HEADS, "steps=40", "evaluate.baselines=[]", "tensorboard=false", "checkpoint_every=0",
+        "warm_start={updates: 150, batch_size: 32, examples: 4000}", "rollout.prompts_per_step=8",
+        "discriminator.warmup_steps=40", "discriminator.warmup_prompts=40",
+        "data.options={min_ops: 1, max_ops: 2, train_size: 200, dev_size: 16, test_size: 64}", "data.num_experts=200",
+        "evaluate.prompts=48", "evaluate.samples=8", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    found = {}
+    for engine in ("builtin", "vllm"):
+        train(*words, f"rollout.engine={engine}", "--run-name", engine)
+        found[engine] = json.loads((tmp_path / engine / "summary.json").read_text())["pass_at_1"]
+    print(found)
+    ours, theirs, start = found["builtin"]["airl"], found["vllm"]["airl"], found["builtin"]["start"]
+    assert ours["low"] <= theirs["high"] and theirs["low"] <= ours["high"]
+    assert min(ours["value"], theirs["value"]) > start["value"] + 0.05
+    assert main(["eval", str(tmp_path / "vllm"), "--k", "1", "--prompts", "8", "--samples", "2"]) == 0
