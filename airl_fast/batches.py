@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from airl_fast.lab import Lab
+from airl_fast.models.attention import shares_prompts
 from airl_fast.pack import pack
 from airl_fast.rollout.engine import SyncStats
 from airl_fast.types import Example, Kind, Trace, TraceBatch
@@ -54,31 +55,32 @@ def expert_traces(lab: Lab, prompts: Sequence[Example]) -> list[Trace]:
 
 
 def pack_for_policy(lab: Lab, traces: Sequence[Trace]) -> TraceBatch:
-    return pack(traces, lab.policy.lm.device, lab.maker.training_boundaries)
+    share = lab.config.model.share_prompts and shares_prompts(lab.policy.lm.backbone)
+    return pack(traces, lab.policy.lm.device, lab.maker.training_boundaries, share=share)
 
 
-def perturbed_traces(lab: Lab, prompts: Sequence[Example], traces: Sequence[Trace], step: int) -> list[Trace]:
-    """Broken copies of demonstrations and samples, to follow `traces` in the batch: `pair` indexes that list.
+def perturbed_traces(
+    lab: Lab, prompts: Sequence[Example], traces: Sequence[Trace], kind: Kind, step: int
+) -> list[Trace]:
+    """Broken copies of the traces of a kind, to follow `traces` in the batch: `pair` indexes that list.
 
-    A source nothing can be changed in is passed over and another of its prompt is drawn.
+    Each demonstration is broken discriminator.perturbed_per_expert times, samples of a prompt perturbed_per_prompt
+    times in all. A source nothing can be changed in is passed over and another of its prompt is drawn.
     """
     settings = lab.config.discriminator
-    rng = lab.rng(step, "perturb")
+    copies = settings.perturbed_per_expert if kind == Kind.EXPERT else settings.perturbed_per_prompt
+    rng = lab.rng(step, f"perturb-{kind.name}")
     made: list[Trace] = []
-    for kind, copies in (
-        (Kind.EXPERT, settings.perturbed_per_expert),
-        (Kind.POLICY, settings.perturbed_per_prompt),
-    ):
-        for group, example in enumerate(prompts):
-            sources = [i for i, t in enumerate(traces) if t.group == group and t.kind == kind and t.finished]
-            wanted = copies
-            for i in rng.sample(sources, len(sources)) * (copies if kind == Kind.EXPERT else 1):
-                if wanted == 0:
-                    break
-                trace = lab.maker.perturbed(example, traces[i], i, rng, settings.propagate)
-                if trace is not None:
-                    made.append(trace)
-                    wanted -= 1
+    for group, example in enumerate(prompts):
+        sources = [i for i, t in enumerate(traces) if t.group == group and t.kind == kind and t.finished]
+        wanted = copies
+        for i in rng.sample(sources, len(sources)) * (copies if kind == Kind.EXPERT else 1):
+            if wanted == 0:
+                break
+            trace = lab.maker.perturbed(example, traces[i], i, rng, settings.propagate)
+            if trace is not None:
+                made.append(trace)
+                wanted -= 1
     return made
 
 

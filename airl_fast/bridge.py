@@ -24,13 +24,15 @@ class Bridge:
     maker: TraceMaker
     chat: ChatFormat | None
     device: torch.device
+    share: bool = True  # compute a prompt once for all traces that continue it
 
     def pack(self, traces: Sequence[Trace], examples: Sequence[Example]) -> TraceBatch:
         """The traces as the discriminator reads them. examples: the batch's prompts, indexed by a trace's group."""
         if self.chat is None:
-            return pack(traces, self.device, self.maker.training_boundaries)
+            return pack(traces, self.device, self.maker.training_boundaries, share=self.share)
         maker = replace(self.maker, chat=self.chat)
-        return pack([self._own(trace, examples) for trace in traces], self.device, maker.training_boundaries)
+        own = [self._own(trace, examples) for trace in traces]
+        return pack(own, self.device, maker.training_boundaries, share=self.share)
 
     def to_policy(self, rewards: torch.Tensor, traces: Sequence[Trace], examples: Sequence[Example]) -> torch.Tensor:
         """Rewards of the packed traces, f32 [M'] on the discriminator's tokens -> f32 [M] on the policy's."""

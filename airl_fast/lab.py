@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from airl_fast.beside import Beside
 from airl_fast.bridge import Bridge
 from airl_fast.config import Config
 from airl_fast.data.chat import ChatFormat
@@ -13,6 +14,7 @@ from airl_fast.data.task import Task, check_experts, make_task
 from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
 from airl_fast.models.adapters import trainable
+from airl_fast.models.attention import shares_prompts
 from airl_fast.models.build import build_model, build_tokenizer
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, load_language_model, wrap
@@ -42,6 +44,7 @@ class Reward:
     model: Discriminator
     optimiser: Optimiser
     bridge: Bridge
+    learning: Beside  # the update beside the next rollout, under discriminator.overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ class Lab:
     start: LanguageModel
     engine: Engine
     reward: Reward | None
+    prepare: Beside  # what the host gets ready while the device works
 
     def sampling(self, step: int, purpose: str = "rollout") -> SamplingParams:
         """Parameters of the step's rollout. All draws of a run come from its seed, the step and their purpose, so
@@ -165,6 +169,7 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         start=start,
         engine=Builtin(policy_lm),
         reward=reward,
+        prepare=Beside(device, "prepare"),
     )
     fitting = replace(
         material,
@@ -206,7 +211,10 @@ def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device:
     return Reward(
         model=model,
         optimiser=make_optimiser(groups, discriminator.optim, updates),
-        bridge=Bridge(maker=maker, chat=chat, device=device),
+        bridge=Bridge(
+            maker=maker, chat=chat, device=device, share=config.model.share_prompts and shares_prompts(backbone)
+        ),
+        learning=Beside(device, "discriminator"),
     )
 
 

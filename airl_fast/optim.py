@@ -27,19 +27,24 @@ class Optimiser:
     description: str = "AdamW"  # for the log
 
     def step(self) -> torch.Tensor:
-        """Clip, step, clear. Returns the gradient norm before clipping, f32 scalar.
+        """Clip, step, clear. Returns the gradient norm before clipping, f32 scalar on the device.
 
-        A non-finite norm skips the step: weights and moments stay as they were, and the caller sees the norm.
+        A non-finite norm skips the step: weights and moments stay as they were, and the caller sees the norm. torch's
+        fused AdamW decides that on the device; for the 8-bit optimisers the host has to ask.
         """
         for weight, master in self.masters:
             master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
             weight.grad = None
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if not torch.isfinite(norm):
-            self.clear()
-            return norm
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        self.optimizer.step()
+        if self.optimizer.defaults.get("fused"):
+            finite = torch.isfinite(norm)
+            excess = ((norm + 1e-6) / self.max_grad_norm).clamp_min(1.0)  # clip_grad_norm_'s factor, inverted
+            self.optimizer.grad_scale = torch.where(finite, excess, 1.0)  # gradients are divided by it
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
+        elif torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            self.optimizer.step()
         self.scheduler.step()
         self.clear()
         with torch.no_grad():
@@ -112,7 +117,7 @@ def _optimizer(settings: list[dict], config: OptimConfig, device: torch.device) 
     blocks (Dettmers et al. 2022), of smaller tensors in float32."""
     options = {"lr": config.learning_rate, "betas": config.betas}
     if config.name == "adamw":
-        return torch.optim.AdamW(settings, **options), "AdamW"
+        return torch.optim.AdamW(settings, **options, fused=True), "AdamW"
     optim = require("bitsandbytes", f"optim.name={config.name}").optim
     if config.name == "adamw_8bit":
         return optim.AdamW8bit(settings, **options), "8-bit AdamW"

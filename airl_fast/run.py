@@ -23,6 +23,8 @@ from airl_fast.evaluate.plots import plot_run
 from airl_fast.evaluate.summary import Summary, write_summary
 from airl_fast.lab import Lab, load_material, make_lab, make_start_model
 from airl_fast.metrics import Metrics
+from airl_fast.models.attention import why_not_shared
+from airl_fast.models.forward import attention_kernel
 from airl_fast.models.load import LanguageModel
 from airl_fast.overrides import plain
 from airl_fast.preflight import check
@@ -73,11 +75,11 @@ def train_run(
         config.output_dir, name, config=plain(config), resume=resume, changeable=CHANGEABLE, device=str(device), say=say
     )
     with Progress(config.steps, name) as progress, SignalGuard() as guard:
-        progress.message(f"device {device}, {torch.get_num_threads()} threads, ops on {ops_backend(device)}, "
-                         "attention by torch SDPA")  # fmt: skip
+        progress.message(f"device {device}, {torch.get_num_threads()} threads, ops on {ops_backend(device)}")
         if not continued:
             model = _warm_start(config, material.task, model, run.path / START, progress, guard)
         lab = make_lab(config, material, model, device, progress.message)
+        _say_attention(lab, progress.message)
         with engine_of(lab, run.path, "test" if config.evaluate.final else None) as lab:
             progress.message(f"sampler {lab.engine.name}")
             trained = baselines.training(config, run.path) if config.evaluate.baselines else nullcontext()
@@ -99,6 +101,21 @@ def train_run(
             write_summary(run.path / "summary.json", summary)
             plot_run(run.path)
     return summary
+
+
+def _say_attention(lab: Lab, say: Callable[[str], None]) -> None:
+    """Which kernel attends over the packed rows of each model, and whether its prompts are shared."""
+    models = {"policy": lab.policy.lm.model}
+    if lab.reward is not None:
+        models["discriminator"] = lab.reward.model.backbone
+    for name, model in models.items():
+        kernel, reason = attention_kernel(model.base_model, lab.policy.lm.device), why_not_shared(model)
+        if kernel is None:
+            say(f"{name}: {reason}, so prompts are not shared; its own attention gets a mask of all packed rows")
+        elif lab.config.model.share_prompts:
+            say(f"{name}: attention by {kernel.name}; each prompt is computed once")
+        else:
+            say(f"{name}: attention by {kernel.name}; prompts not shared (model.share_prompts)")
 
 
 def _warm_start(

@@ -16,6 +16,8 @@ from airl_fast.types import Example, Kind, Trace
 
 
 def save_state(directory: Path, step: int, lab: Lab, replay: Replay) -> Path:
+    if lab.reward is not None:
+        lab.reward.learning.wait()
     parts = {
         "policy": trained_state(lab.policy.lm.model),
         "policy_optimiser": lab.policy.optimiser.state_dict(),

@@ -18,9 +18,11 @@ from airl_fast.batches import (
     sample_traces,
     synchronise,
 )
-from airl_fast.lab import Lab
+from airl_fast.config import Config
+from airl_fast.discriminator import DiscriminatorStats
+from airl_fast.lab import Lab, Reward
 from airl_fast.metrics import Metrics
-from airl_fast.types import Trace
+from airl_fast.types import Kind, Trace, TraceBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,32 +38,44 @@ class StepResult:
 def airl_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:
     config, reward = lab.config, lab.reward
     prompts = lab.prompts(step)
+    experts = expert_traces(lab, prompts)
+    lab.prepare.start(perturbed_traces, lab, prompts, experts, Kind.EXPERT, step)  # while the device samples
     with meter.phase("sample"):
         traces = sample_traces(lab, prompts, config.rollout.samples_per_prompt, step, "rollout")
+    known = experts + traces
     with meter.phase("perturb"):
-        known = expert_traces(lab, prompts) + traces
-        perturbed = perturbed_traces(lab, prompts, known, step)
+        perturbed = lab.prepare.take() + perturbed_traces(lab, prompts, known, Kind.POLICY, step)
         old_prompts, old = replay.draw(lab, step, config.discriminator.replay_per_prompt * len(prompts), len(prompts))
         replay.add(lab, step, prompts, traces, config.discriminator.replay_per_prompt)
     with meter.phase("pack"):
-        batch = pack_for_policy(lab, known)
+        judged = reward.bridge.pack(known + perturbed + old, prompts + old_prompts)
         scored = reward.bridge.pack(known, prompts)
+    lab.prepare.start(pack_for_policy, lab, known)  # while the discriminator learns
     rewards = reward.model.score(scored) if config.reward.score_before_update else None
     with meter.phase("discriminator"):
-        judged = reward.bridge.pack(known + perturbed + old, prompts + old_prompts)
-        stats = [reward.model.update(judged, reward.optimiser) for _ in range(config.discriminator.updates_per_step)]
+        stats = reward.learning.take() if config.discriminator.overlap else learn(reward, judged, config)
     with meter.phase("score"):
         rewards = reward.model.score(scored) if rewards is None else rewards
-        rewards = reward.bridge.to_policy(rewards, known, prompts)
+        rewards, batch = reward.bridge.to_policy(rewards, known, prompts), lab.prepare.take()
         advantage = advantages(rewards, batch, config.advantage, config.reward)
     with meter.phase("policy"):
         policy_stats = lab.policy.update(batch, advantage)
+    if config.discriminator.overlap:  # beside the next rollout, which it does not change
+        reward.learning.start(learn, reward, judged, config)
     with meter.phase("sync"):
         synced = synchronise(lab, f"step {step}")
     records = {"rollout": rollout_stats(traces), "policy": policy_stats, **synced}
-    if stats:
-        records["discriminator"] = stats[-1]
+    if stats is not None:
+        records["discriminator"] = stats
     return StepResult(records=records, traces=traces, tokens=batch.num_loss_tokens)
+
+
+def learn(reward: Reward, judged: TraceBatch, config: Config) -> DiscriminatorStats | None:
+    """The discriminator's updates of one step; statistics of the last, None without any."""
+    stats = None
+    for _ in range(config.discriminator.updates_per_step):
+        stats = reward.model.update(judged, reward.optimiser)
+    return stats
 
 
 def grpo_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:
@@ -88,9 +102,7 @@ def sft_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:
     with meter.phase("policy"):
         batch = pack_for_policy(lab, expert_traces(lab, prompts))
         for _ in range(lab.config.policy.epochs):
-            stats = sft.update(
-                lab.policy.lm, batch, lab.policy.optimiser, lab.config.policy.optim.tokens_per_micro_batch
-            )
+            stats = sft.update(lab.policy.lm, batch, lab.policy.optimiser, lab.policy.budget)
     return StepResult(records={"policy": stats}, traces=[], tokens=batch.num_loss_tokens)
 
 

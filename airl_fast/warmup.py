@@ -14,6 +14,7 @@ from airl_fast.microbatch import TokenBudget
 from airl_fast.models.load import LanguageModel
 from airl_fast.optim import make_optimiser
 from airl_fast.pack import pack
+from airl_fast.types import Kind
 
 Report = Callable[[int, int, object], None]  # update, updates, stats
 
@@ -63,6 +64,7 @@ def warm_up_discriminator(lab: Lab, report: Report) -> None:
             first = i * settings.warmup_samples
             own += [replace(trace, group=g) for trace in samples[first : first + settings.warmup_samples]]
         examples = [prompts[i] for i in chosen]
-        own += batches.perturbed_traces(lab, examples, own, -update)
+        for kind in (Kind.EXPERT, Kind.POLICY):
+            own += batches.perturbed_traces(lab, examples, own, kind, -update)
         stats = model.update(bridge.pack(own, examples), optimiser)
         report(update, settings.warmup_steps, stats)

@@ -28,7 +28,7 @@ from airl_fast.lab import Lab
 from airl_fast.microbatch import over_tokens
 from airl_fast.models.forward import token_logprobs
 from airl_fast.pack import Boundaries, pack
-from airl_fast.types import Example, Trace
+from airl_fast.types import Example, Kind, Trace
 
 _CALIBRATION_STEP = -1  # a step no training step has: its draws are its own
 _RULES = ("largest_drop", "argmin", "first_below")
@@ -121,9 +121,9 @@ def _threshold(lab: Lab, calibration: _Scored, name: str) -> float:
 def _perturbed(lab: Lab, examples: Sequence[Example], model: Discriminator, bridge: Bridge) -> _Scored | None:
     """Perturbed demonstrations, made even where training makes none; None when nothing in them can be changed."""
     settings = lab.config.discriminator
-    copies = {"perturbed_per_expert": max(settings.perturbed_per_expert, 1), "perturbed_per_prompt": 0}
-    config = lab.config.model_copy(update={"discriminator": settings.model_copy(update=copies)})
-    made = perturbed_traces(replace(lab, config=config), examples, expert_traces(lab, examples), _CALIBRATION_STEP)
+    copies = {"perturbed_per_expert": max(settings.perturbed_per_expert, 1)}
+    willing = replace(lab, config=lab.config.model_copy(update={"discriminator": settings.model_copy(update=copies)}))
+    made = perturbed_traces(willing, examples, expert_traces(lab, examples), Kind.EXPERT, _CALIBRATION_STEP)
     traces = [replace(trace, pair=None) for trace in made]  # their sources stay behind
     return _score(lab, model, bridge, traces, examples) if traces else None
 

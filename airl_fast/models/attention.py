@@ -155,10 +155,14 @@ def set_packed(model: PreTrainedModel, kernel: str = "auto") -> str | None:
 
     A model that cannot keeps its own attention; `hidden_states` then hands it the mask of every row.
     """
-    reason = _why_not(model)
+    reason = why_not_shared(model)
     if reason is None:
         model.set_attn_implementation(PREFIX + kernel)
     return reason
+
+
+def shares_prompts(module: torch.nn.Module) -> bool:
+    return packed_kernel(module) is not None
 
 
 def packed_kernel(module: torch.nn.Module) -> str | None:
@@ -167,7 +171,8 @@ def packed_kernel(module: torch.nn.Module) -> str | None:
     return name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
 
 
-def _why_not(model: PreTrainedModel) -> str | None:
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Why this model's attention cannot be replaced by the packed one, None when it can."""
     config, name = model.config.get_text_config(), type(model).__name__
     if not model._can_set_attn_implementation():
         return f"{name} does not take its attention from transformers' attention interface"

@@ -22,7 +22,7 @@ from airl_fast.pack import pack
 from airl_fast.rollout.builtin import Sample
 from airl_fast.traces import TraceMaker
 from airl_fast.train import airl_step
-from airl_fast.types import Trace
+from airl_fast.types import Kind, Trace
 from tests.airl_fast.data.test_chat import CHATML, FORMATS, QWEN, byte_level
 from tests.airl_fast.model_cases import CPU, whole_sequences
 
@@ -219,7 +219,7 @@ def test_a_step_is_its_stages_one_after_the_other(folders, tmp_path, path, befor
     prompts = by_hand.prompts(1)
     samples = batches.sample_traces(by_hand, prompts, 3, 1, "rollout")
     known = batches.expert_traces(by_hand, prompts) + samples
-    judged = known + batches.perturbed_traces(by_hand, prompts, known, 1)
+    judged = known + batches.perturbed_traces(by_hand, prompts, known, Kind.EXPERT, 1)
     assert len(judged) == 3 + 9 + 3
     model, bridge = by_hand.reward.model, by_hand.reward.bridge
     first = copy.deepcopy(model)

@@ -90,8 +90,9 @@ def test_the_clip_scales_all_gradients_together():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_step_with_a_gradient_that_is_not_finite_is_as_if_it_had_not_been(value):
-    config = OptimConfig(learning_rate=0.1, warmup_fraction=0.25)
+def test_a_step_with_a_gradient_that_is_not_finite_leaves_weights_and_moments(value):
+    """Only the schedule moves on: whether the step was taken is known to the device alone."""
+    config = OptimConfig(learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
     runs = []
     for bad in (False, True):
         both = parameters()
@@ -103,7 +104,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_as_if_it_had_not_been(valu
                 before, state = [p.detach().clone() for p in both], copy.deepcopy(optimiser.state_dict())
                 assert not optimiser.step().isfinite()
                 assert all(map(torch.equal, both, before))
-                assert str(optimiser.state_dict()) == str(state)
+                moments = [s["optimizer"]["state"] for s in (optimiser.state_dict(), state)]
+                assert str(moments[0]) == str(moments[1])
                 assert both[0].grad is None
             give(both, seed)
             optimiser.step()
