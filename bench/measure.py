@@ -32,8 +32,8 @@ class Settings:
     commit: str
     dtype: torch.dtype
     backends: tuple[Backend, ...]
-    budget: float | None = None
-    seconds: float = 0.25
+    budget: float | None
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

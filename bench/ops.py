@@ -74,8 +74,12 @@ def measure_ops(
     device: str = "auto",
     dtype: str | None = None,
     budget: float | None = None,
+    seconds: float = 0.25,
 ) -> Document:
-    """The benchmark without its printing; the arguments are those of the command, as text."""
+    """The benchmark without its printing; the arguments are those of the command, as text.
+
+    budget: seconds for everything. seconds: of timing per row, about.
+    """
     start = time.monotonic()
     if budget is not None and not budget > 0:
         raise BadArgument(f"--budget-s {budget:g}: give a number of seconds above 0.")
@@ -88,6 +92,7 @@ def measure_ops(
         dtype=_DTYPES[dtype] if dtype else torch.bfloat16 if place.type == "cuda" else torch.float32,
         backends=chosen,
         budget=budget,
+        seconds=seconds,
     )
     todo = problems(load_shapes(shapes or ("gpu" if place.type == "cuda" else "cpu")), _chosen_ops(ops))
     if not todo:
