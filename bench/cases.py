@@ -5,6 +5,9 @@ A backend is a module of `bench/peers` with
     version() -> str | None  of the package, None when it is absent
     unavailable(device)      one sentence why it cannot run there, or None
     prepare(case, shape)     a function from the case's inputs to a `Result`; raises `Unsupported` with a reason
+and, where they apply,
+    HOLDS_LOGITS = True      it makes all [N, V] logits at once, and is skipped where they do not fit
+    TOLERANCE                how inexact it is by design (`verify.py`)
 """
 
 from collections.abc import Callable

@@ -31,11 +31,6 @@ class Inputs:
         tensors = (getattr(self, name) for name in self.LEAVES)
         return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
 
-    @property
-    def num_bytes(self) -> int:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return sum(t.numel() * t.itemsize for t in tensors if isinstance(t, Tensor))
-
     def mapped(self, change: Callable[[Tensor], Tensor], names: tuple[str, ...] | None = None) -> Self:
         """With fresh leaves, each tensor (or those of `names`) changed."""
         changed = {}

@@ -133,7 +133,7 @@ def _prepare(
         run = backend.prepare(case, shape)
         if getattr(backend, "HOLDS_LOGITS", False):
             require_room_for_logits(case, shape, settings.device, settings.dtype)
-        check = yardstick.check(run, full, ours=ours)
+        check = yardstick.check(run, full, ours=ours, tolerance=getattr(backend, "TOLERANCE", 0.0))
     except Unsupported as error:
         return problem.absent("skipped", backend, str(error))
     except torch.OutOfMemoryError:
@@ -149,9 +149,9 @@ def _prepare(
 
 def _time(problem: Problem, ready: list[Ready], settings: Settings, full: Inputs) -> Iterator[Row]:
     case, shape, device, dtype = problem.case, problem.shape, settings.device, settings.dtype
-    count = sets_needed(full.num_bytes, device)
-    sets = [full, *(make_inputs(case, shape, dtype, device, seed) for seed in range(1, count))]
     cost = cost_of(case, shape, dtype.itemsize)
+    count = sets_needed(cost.bytes, device)
+    sets = [full, *(make_inputs(case, shape, dtype, device, seed) for seed in range(1, count))]
     probe = probe_for(cost, full, device)
     calls = {probe.name: probe.call} | {entry.backend.NAME: _call(entry.run, sets) for entry in ready}
     timings = measure(calls, device, num_sets=count, seconds=settings.seconds)

@@ -36,8 +36,8 @@ def cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE
 
 
-def sets_needed(num_bytes: int, device: torch.device, most: int = 32) -> int:
-    """How many sets of inputs of this size exceed twice the cache."""
+def sets_needed(num_bytes: int, device: torch.device, most: int = 256) -> int:
+    """How many sets of inputs exceed twice the cache, when a call moves num_bytes."""
     return max(1, min(most, math.ceil(2 * cache_bytes(device) / max(num_bytes, 1))))
 
 

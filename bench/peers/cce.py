@@ -10,6 +10,9 @@ from bench.reference import policy_loss
 from bench.shapes import Shape
 
 NAME = "cut-cross-entropy"
+# By default its backward pass leaves out probabilities that vanish in bf16. Over the flat distributions of random
+# inputs that is a few percent of the gradient, over a language model's much less.
+TOLERANCE = 0.1
 
 
 def version() -> str | None:

@@ -313,7 +313,7 @@ def test_quantiles_and_sets():
     assert (timing.p20, timing.median, timing.p80) == pytest.approx((1.8, 3.0, 4.2))
     assert sets_needed(64 << 20, CPU) == 1
     assert sets_needed(10 << 20, CPU) == 7
-    assert sets_needed(1, CPU) == 32
+    assert sets_needed(1, CPU) == 256
 
 
 def test_a_function_without_backward_makes_no_gradients():
