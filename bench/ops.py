@@ -19,7 +19,7 @@ from bench.errors import BadArgument, Parser, run_command
 from bench.measure import Settings, problems, run_all
 from bench.peers import BACKENDS, airl
 from bench.report import absences, changes_table, plot, results_table
-from bench.results import SCHEMA, Absent, Document, Row, commit, compare, device_name, read_rows, versions
+from bench.results import SCHEMA, Document, Row, commit, compare, device_name, read_rows, versions
 from bench.shapes import load_shapes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,10 +34,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     before = None if options.compare is None else read_rows(Path(options.compare))
     document = measure_ops(
         shapes=options.shapes, ops=options.ops, backends=options.backends, device=options.device,
-        dtype=options.dtype, budget=options.budget_s,
+        dtype=options.dtype, budget=options.budget_s, save_to=Path(options.json) if options.json else None,
     )  # fmt: skip
-    if options.json:
-        document.write(Path(options.json))
     print(render(document))
     if before is not None:
         changes = compare(before, document.rows)
@@ -75,10 +73,12 @@ def measure_ops(
     dtype: str | None = None,
     budget: float | None = None,
     seconds: float = 0.25,
+    save_to: Path | None = None,
 ) -> Document:
     """The benchmark without its printing; the arguments are those of the command, as text.
 
-    budget: seconds for everything. seconds: of timing per row, about.
+    budget: seconds for everything. seconds: of timing per row, about. save_to: the JSON file, written after every
+    problem, so that a run that is stopped leaves what it has.
     """
     start = time.monotonic()
     if budget is not None and not budget > 0:
@@ -97,22 +97,28 @@ def measure_ops(
     todo = problems(load_shapes(shapes or ("gpu" if place.type == "cuda" else "cpu")), _chosen_ops(ops))
     if not todo:
         raise BadArgument("--ops and --shapes have nothing in common; give shapes of the ops' families, or neither.")
-    entries = list(run_all(todo, settings, lambda line: print(line, file=sys.stderr, flush=True)))
-    header = {
+    document = Document(header=_header(settings), rows=[], absent=[])
+    for entry in run_all(todo, settings, lambda line: print(line, file=sys.stderr, flush=True)):
+        (document.rows if isinstance(entry, Row) else document.absent).append(entry)
+        document.header["seconds"] = round(time.monotonic() - start, 1)
+        if save_to is not None and isinstance(entry, Row) and entry.backend == airl.NAME:  # once per problem
+            document.write(save_to)
+    if save_to is not None:
+        document.write(save_to)
+    return document
+
+
+def _header(settings: Settings) -> dict[str, object]:
+    return {
         "schema": SCHEMA,
         "device": settings.device_name,
         "commit": settings.commit,
-        "versions": versions(chosen),
+        "versions": versions(settings.backends),
         "threads": torch.get_num_threads(),
         "dtype": str(settings.dtype).removeprefix("torch."),
-        "budget_s": budget,
-        "seconds": round(time.monotonic() - start, 1),
+        "budget_s": settings.budget,
+        "seconds": 0.0,
     }
-    return Document(
-        header=header,
-        rows=[entry for entry in entries if isinstance(entry, Row)],
-        absent=[entry for entry in entries if isinstance(entry, Absent)],
-    )
 
 
 def _device(name: str) -> torch.device:

@@ -92,6 +92,23 @@ def test_peak_memory_is_that_of_the_tensors(tiny):
     assert head["torch eager"] >= 2 * 300 * 50 * 4 > 0
 
 
+def test_a_run_that_is_stopped_leaves_the_problems_it_has(tmp_path, monkeypatch):
+    path, make = tmp_path / "rows.json", peers.airl.prepare
+
+    def stop_at_gae(case, shape):
+        if case.op == "gae":
+            raise KeyboardInterrupt
+        return make(case, shape)
+
+    monkeypatch.setattr(peers.airl, "prepare", stop_at_gae)
+    with pytest.raises(KeyboardInterrupt):
+        ops.measure_ops(
+            shapes="sequences:4x12", backends="airl", device="cpu", seconds=0.01, save_to=path,
+            ops="discounted_returns,gae",
+        )  # fmt: skip
+    assert [row.op for row in read_rows(path)] == ["discounted_returns"]
+
+
 # ---- verification ------------------------------------------------------------------------------------------------
 
 
