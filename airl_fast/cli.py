@@ -243,7 +243,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _presets(arguments: argparse.Namespace) -> int:
-    for path in sorted(PRESETS.glob("*.yaml")):
+    paths = sorted(PRESETS.glob("*.yaml"))
+    width = max(len(path.stem) for path in paths)
+    for path in paths:
         first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        print(f"{path.stem:16} {first}")
+        print(f"{path.stem:{width}} {first}")
     return 0
