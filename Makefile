@@ -1,5 +1,7 @@
 # make demo   train the embedded example and show what it learned      make test   run the tests
 # make setup  create .venv for both (nothing when it is there)         make lint   ruff
+# make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and pytest
+# make test-vllm   run the tests of the vLLM sampler against the real one, for the CPU, in .venv-vllm
 # make peers  add TRL, Liger-Kernel and cut-cross-entropy, which tests and benchmarks compare with
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,9 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 NATIVE := $(wildcard csrc/*) kernels/setup.py kernels/pyproject.toml
 
-.PHONY: setup peers demo test lint clean
+.PHONY: setup peers demo test test-vllm lint gpu-check clean
 setup: $(STAMP)
 peers: $(PEERS)
 
@@ -34,9 +38,24 @@ demo: setup
 test: setup peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# vLLM pins what it needs, so its list is installed as it stands. airl-fast follows from this directory.
+$(VLLM_STAMP): constraints-vllm.txt pyproject.toml $(NATIVE)
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e ./kernels -e .
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Without an environment or an installation of the project: the sources are used where they are.
+OUT ?= gpu-check
+gpu-check:
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check $(OUT)
+
 clean:
-	rm -rf $(VENV) build dist kernels/build kernels/*.egg-info *.egg-info kernels/airl_kernels/_native.so
+	rm -rf $(VENV) $(VLLM_VENV) build dist kernels/build kernels/*.egg-info *.egg-info kernels/airl_kernels/_native.so

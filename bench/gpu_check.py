@@ -99,7 +99,7 @@ def check(out: Path, environment: dict[str, object]) -> int:
     bench = run(bench_command(out, budget), out / "bench.log", budget + GRACE)
     text, code = summary(out, environment, tests, bench)
     (out / "summary.md").write_text(text, encoding="utf-8")
-    print("\n" + text, flush=True)
+    print("\n" + text, end="", flush=True)
     return code
 
 
