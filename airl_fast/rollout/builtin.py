@@ -54,10 +54,11 @@ def sample(
 def _decode(
     lm: LanguageModel, prompts: list[list[int]], params: SamplingParams, generator: torch.Generator
 ) -> list[Sample]:
-    width = max(map(len, prompts))
-    tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
-    for i, prompt in enumerate(prompts):  # padded on the left, so that all rows end at the same column
+    distinct = list(dict.fromkeys(map(tuple, prompts)))  # read once each; their samples part at the first draw
+    width = max(map(len, distinct))
+    tokens = torch.zeros(len(distinct), width, dtype=torch.int64)
+    mask = torch.zeros(len(distinct), width, dtype=torch.int64)
+    for i, prompt in enumerate(distinct):  # padded on the left, so that all rows end at the same column
         tokens[i, width - len(prompt) :] = torch.tensor(prompt)
         mask[i, width - len(prompt) :] = 1
     tokens, mask = tokens.to(lm.device), mask.to(lm.device)
@@ -78,6 +79,11 @@ def _decode(
             logits_to_keep=1,
         )
         logits = output.logits[:, -1].float()
+        if step == 0 and len(distinct) < len(prompts):
+            place = {prompt: i for i, prompt in enumerate(distinct)}
+            source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=lm.device)
+            cache.batch_select_indices(source)
+            logits, positions, mask = logits[source], positions[source], mask[source]
         logits[:, lm.num_tokens :] = float("-inf")  # padding of the vocabulary
         chosen, chosen_logprobs = choose(logits, params.temperature, params.top_p, generator)
         ended = chosen == params.end_token
@@ -120,5 +126,9 @@ def choose(
         outside = probabilities.cumsum(-1) - probabilities >= top_p  # mass before this token already suffices
         logits = logits.scatter(-1, index, ordered.masked_fill(outside, float("-inf")))
     logprobs = logits.log_softmax(-1)
-    ids = torch.multinomial(logprobs.exp(), 1, generator=generator)
+    # One uniform number a row, looked up in the distribution function: torch.multinomial draws one for every token.
+    # The factor keeps rounding from reaching the total, past which no token lies.
+    below = logprobs.exp().cumsum(-1)
+    uniform = torch.rand(len(logits), 1, device=logits.device, generator=generator) * (1 - 2**-22)
+    ids = torch.searchsorted(below, uniform * below[:, -1:], right=True)
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
