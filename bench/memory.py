@@ -1,9 +1,12 @@
 """The most memory that a call holds at once beyond its inputs: temporaries, results and gradients."""
 
+import os
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and stop on stderr otherwise
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:
