@@ -57,13 +57,14 @@ def dry_run(config: Config) -> str:
     prompt_lengths = [len(lab.maker.prompt_tokens(example)) for example in material.train]
     expert_lengths = [len(lab.maker.expert(example, 0).tokens) for example in material.train]
     per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    trained = what_is_trained(lab)
     lines = [
         f"algorithm       {config.algorithm}, {config.steps} steps, seed {config.seed}, device {device}",
         f"task            {material.task.name}: {len(material.train)} demonstrated prompts, {len(material.dev)} dev",
         f"prompt          {_range(prompt_lengths)} tokens",
         f"demonstration   {_range(expert_lengths)} tokens",
         f"policy          {_describe(lab.policy.lm.model)}, context {lab.policy.lm.max_length}",
-        *_trained_lines(lab.policy.lm.model, lab.policy.optimiser),
+        f"  trained       {trained['policy']}",
         *_reward_lines(lab),
         f"samples a step  {per_step} of at most {config.rollout.max_new_tokens} tokens",
         *notes,
@@ -93,7 +94,7 @@ def _reward_lines(lab: Lab) -> list[str]:
     shared = "the policy's tokenizer" if lab.reward.bridge.chat is None else "a tokenizer of its own"
     return [
         f"discriminator   {_describe(lab.reward.model.backbone)}, {kind} head, {shared}",
-        *_trained_lines(lab.reward.model.backbone, lab.reward.optimiser),
+        f"  trained       {what_is_trained(lab)['discriminator']}",
     ]
 
 
@@ -101,14 +102,20 @@ def _describe(model) -> str:
     return f"{type(model).__name__} of {count_parameters(model)[0] / 1e6:.2f}M parameters"
 
 
-def _trained_lines(model, optimiser: Optimiser) -> list[str]:
-    """What of the model is trained, and by what."""
+def what_is_trained(lab: Lab) -> dict[str, str]:
+    """By model: what of it is trained, and by what."""
+    parts = {"policy": (lab.policy.lm.model, lab.policy.optimiser)}
+    if lab.reward is not None:
+        parts["discriminator"] = (lab.reward.model.backbone, lab.reward.optimiser)
+    return {name: _trained(model, optimiser) for name, (model, optimiser) in parts.items()}
+
+
+def _trained(model, optimiser: Optimiser) -> str:
     if not is_adapted(model):
-        what = "all of it"
-    else:
-        over = "4-bit" if is_quantised(model) else str(next(model.parameters()).dtype).removeprefix("torch.")
-        what = f"adapters of {count_parameters(model)[1] / 1e6:.2f}M over frozen {over} weights"
-    return [f"  trained       {what}, {optimiser.description}"]
+        return f"all of it, {optimiser.description}"
+    over = "4-bit" if is_quantised(model) else str(next(model.parameters()).dtype).removeprefix("torch.")
+    adapters = f"adapters of {count_parameters(model)[1] / 1e6:.2f}M parameters over frozen {over} weights"
+    return f"{adapters}, {optimiser.description}"
 
 
 def _range(lengths: list[int]) -> str:

@@ -27,7 +27,7 @@ from airl_fast.models.attention import why_not_shared
 from airl_fast.models.forward import attention_kernel
 from airl_fast.models.load import LanguageModel
 from airl_fast.overrides import plain
-from airl_fast.preflight import check
+from airl_fast.preflight import check, what_is_trained
 from airl_fast.progress import Progress
 from airl_fast.rundir import RunDir
 from airl_fast.sft import SftStats
@@ -80,6 +80,8 @@ def train_run(
             model = _warm_start(config, material.task, model, run.path / START, progress, guard)
         lab = make_lab(config, material, model, device, progress.message)
         _say_attention(lab, progress.message)
+        for model_name, what in what_is_trained(lab).items():
+            progress.message(f"{model_name}: trains {what}")
         with engine_of(lab, run.path, "test" if config.evaluate.final else None) as lab:
             progress.message(f"sampler {lab.engine.name}")
             trained = baselines.training(config, run.path) if config.evaluate.baselines else nullcontext()

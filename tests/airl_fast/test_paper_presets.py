@@ -93,6 +93,7 @@ def models(tmp_path_factory):
                 for other in [other for other in made if other.endswith("wide")][:-1]:
                     _delete(made.pop(other))
             made[key] = write_model(name, root / key, layers=1 if wide else 2, narrow=not wide, tokenizer=tokenizer)
+        made[key] = made.pop(key)  # the one used last is at the end
         return made[key]
 
     return model
@@ -118,7 +119,9 @@ def test_a_pairing_dry_runs(name, quantise, models, capsys):
     said = capsys.readouterr().out
     assert said.endswith("dry run: configuration, data and models fit together; nothing was written.\n")
     over = "4-bit" if quantise else "bfloat16"
-    trained = re.findall(r"adapters of ([\d.]+)M over frozen (\S+) weights, 8-bit AdamW \(paged on a GPU only\)", said)
+    trained = re.findall(
+        r"adapters of ([\d.]+)M parameters over frozen (\S+) weights, 8-bit AdamW \(paged on a GPU only\)", said
+    )
     assert [kind for _, kind in trained] == [over, over]
     if not wide:
         return

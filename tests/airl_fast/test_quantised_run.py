@@ -242,6 +242,6 @@ def test_an_adapter_is_no_start_policy(whole, capsys):
 def test_a_dry_run_says_what_is_trained(capsys):
     assert main(["train", "tiny", "--dry-run", *over(model_directory(), *NF4, *LORA, "model.dtype=bfloat16")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  trained")]
-    assert lines == ["  trained       adapters of 0.03M over frozen 4-bit weights, AdamW"] * 2
+    assert lines == ["  trained       adapters of 0.03M parameters over frozen 4-bit weights, AdamW"] * 2
     assert main(["train", "tiny", "--dry-run", *over(model_directory(), "model.dtype=bfloat16")]) == 0
     assert "  trained       all of it, AdamW, float32 masters\n" in capsys.readouterr().out
