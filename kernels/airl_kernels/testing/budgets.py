@@ -28,9 +28,7 @@ def errors(value: Tensor, exact: Tensor, floor: float = 1e-3) -> tuple[float, fl
     return float(difference.square().mean().sqrt()), float(difference.abs().max())
 
 
-def assert_as_careful(
-    ours: Tensor, careful: Tensor, exact: Tensor, floor: float = 1e-3, slack: float = _SLACK
-) -> None:
+def assert_as_careful(ours: Tensor, careful: Tensor, exact: Tensor, floor: float = 1e-3, slack: float = _SLACK) -> None:
     """Our root mean square error is at most twice that of careful torch in the same precision, or rounding itself.
 
     The largest error, which a single number decides, may be four times that of careful torch.
