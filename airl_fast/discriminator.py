@@ -97,7 +97,7 @@ class Discriminator(nn.Module):
 
         def restart() -> None:
             total.zero_()
-            optimiser.optimizer.zero_grad(set_to_none=True)
+            optimiser.clear()
 
         over_micro_batches(batch, self.budget, work, restart)
         return self._stats(batch, weights > 0, logits, total, optimiser.step())

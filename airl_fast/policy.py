@@ -77,7 +77,7 @@ class Policy:
 
             def restart(total=total) -> None:
                 total.zero_()
-                self.optimiser.optimizer.zero_grad(set_to_none=True)
+                self.optimiser.clear()
 
             over_micro_batches(batch, self.budget, work, restart)
             if epoch == 0:

@@ -30,7 +30,7 @@ def update(lm: LanguageModel, batch: TraceBatch, optimiser: Optimiser, budget: T
 
     def restart() -> None:
         total.zero_()
-        optimiser.optimizer.zero_grad(set_to_none=True)
+        optimiser.clear()
 
     over_micro_batches(batch, budget, work, restart)
     return SftStats(loss=total, grad_norm=optimiser.step())
