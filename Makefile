@@ -46,7 +46,7 @@ $(VLLM_STAMP): constraints-vllm.txt pyproject.toml $(NATIVE)
 	touch $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/vllm
 
 lint: setup
 	$(BIN)/ruff check .
