@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 FILES = (
     "test_token_head.py",
+    "test_token_head_autograd.py",
     "test_returns.py",
     "test_rows.py",
     "test_logprob.py",

@@ -85,6 +85,27 @@ def test_error_is_within_twice_that_of_careful_torch(device, dtype, variant, fro
         assert_as_good_as(a, b, c, f"gradient in {name}")
 
 
+@pytest.mark.parametrize("vocab", [17, 50257, 128256, 151936])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_vocabularies_that_fit_no_tile(device, dtype, vocab):
+    rows = 2 if INTERPRETED else 5
+    inputs = make_vocabulary_head(rows, 16, vocab, dtype=dtype, device=device)
+    exact = wide(inputs)
+    truth_logprob, careful_logprob = plain_logprob(exact)[0], plain_logprob(inputs)[0]
+    case = make_policy_tokens(truth_logprob, (rows,), masked=False)
+    case.old_logprobs.copy_(truth_logprob.detach().float().double() - 0.0625)  # exact in fp32, no ratio near a bound
+    loss, stats = fused(inputs, case, chunk_rows=2)
+    careful, truth = plain_loss(careful_logprob.cpu(), case, "ppo"), plain_loss(truth_logprob, case, "ppo")
+    assert_as_good_as(stats.token_logprobs, careful_logprob, truth_logprob, "log-probability")
+    gradients = [
+        torch.autograd.grad(value, leaves.leaves())
+        for value, leaves in ((loss, inputs), (careful, inputs), (truth, exact))
+    ]
+    for name, a, b, c in zip(("hidden", "weight"), *gradients, strict=True):
+        assert_as_good_as(a, b, c, f"gradient in {name}")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_double_precision_equals_the_composition(variant):
     inputs = make_vocabulary_head(SIZE, 6, 40, dtype=torch.float64, bias=True)

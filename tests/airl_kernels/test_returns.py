@@ -321,6 +321,16 @@ def test_the_recurrence_holds_at_every_token(lengths, gamma, seed):
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
+@given(some_lengths, st.floats(0, 1), st.floats(0, 1), st.booleans(), st.integers(0, 2**20))
+def test_gae_of_any_lengths(lengths, gamma, lam, masked, seed):
+    rewards, values = normal(sum(lengths), seed), normal(sum(lengths), seed + 1)
+    mask = coin(sum(lengths), seed) if masked else None
+    exact = expected_gae(rewards, values, lengths, gamma, lam, mask)
+    for ours, truth in zip(gae(rewards, values, gamma, lam, offsets(lengths), mask=mask), exact, strict=True):
+        assert torch.allclose(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(some_lengths, st.sampled_from(BASELINES), st.integers(0, 2**20), st.data())
 def test_advantages_of_any_grouping(lengths, baseline, seed, data):
     group = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))

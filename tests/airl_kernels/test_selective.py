@@ -5,6 +5,8 @@ import torch
 from airl_kernels import selective_log_softmax
 from airl_kernels.selective import _selective, _selective_backward_
 from airl_kernels.testing import INTERPRETED, assert_as_good_as, peak_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.airl_kernels.cases import DEVICES, DTYPES
 
@@ -19,7 +21,7 @@ def case(rows: int, vocab: int, dtype: torch.dtype, device: str) -> tuple[torch.
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("vocab", [17, 50257, 151936])
+@pytest.mark.parametrize("vocab", [17, 50257, 128256, 151936])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_error_is_within_twice_that_of_careful_torch(device, dtype, vocab, temperature, inplace):
@@ -100,6 +102,26 @@ def test_any_strides_and_leading_dimensions(device):
             torch.autograd.grad(found, logits, weights), torch.autograd.grad(expected, logits, weights),
             rtol=1e-5, atol=1e-6,
         )  # fmt: skip
+
+
+@settings(max_examples=5 if INTERPRETED else 40, deadline=None)
+@given(
+    rows=st.integers(1, 9), vocab=st.integers(1, 700), temperature=st.floats(0.1, 10), spread=st.floats(0, 50),
+    inplace=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_any_shape_matches_log_softmax(rows, vocab, temperature, spread, inplace, seed):
+    make = torch.Generator().manual_seed(seed)
+    parameter = (torch.randn(rows, vocab, generator=make) * spread).requires_grad_()
+    exact = parameter.detach().double().requires_grad_()
+    targets, weights = torch.randint(vocab, (rows,), generator=make), torch.randn(rows, generator=make)
+    found = selective_log_softmax(parameter * 1, targets, temperature=temperature, inplace_backward=inplace)
+    truth = torch.log_softmax(exact / temperature, -1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5 * max(1.0, spread / temperature))
+    (mine,), (theirs,) = (
+        torch.autograd.grad(found, parameter, weights),
+        torch.autograd.grad(truth, exact, weights.double()),
+    )
+    torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-4 / temperature)
 
 
 def test_single_row_and_no_rows():
