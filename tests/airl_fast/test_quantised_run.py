@@ -1,8 +1,11 @@
 """Runs that train adapters over 4-bit weights, end to end: they learn, touch nothing else, resume, evaluate, export."""
 
+import atexit
+import functools
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from airl_fast.artifacts import POLICY, REWARD, START, load_policy, load_reward
+from airl_fast.artifacts import POLICY, REWARD, START, load_policy, load_reward, save_reward
+from airl_fast.batches import expert_traces
 from airl_fast.cli import main
 from airl_fast.evaluate.command import open_run
 from airl_fast.models.adapters import is_quantised
@@ -27,7 +31,7 @@ from tests.airl_fast.adapter_cases import (
     trained,
 )
 from tests.airl_fast.model_cases import CPU
-from tests.airl_fast.run_cases import metrics, small_run, train, weights
+from tests.airl_fast.run_cases import metrics, train, weights
 
 RATES = ("policy.optim.learning_rate=5e-3", "discriminator.optim.learning_rate=5e-3")
 IDS = torch.arange(40).reshape(2, 20) + 7
@@ -87,12 +91,37 @@ def test_the_whole_model_learns_in_bfloat16_as_in_float32(tmp_path):
     assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.04)
 
 
+@pytest.mark.parametrize("source", ["policy", "a llama of its own"])
+def test_a_trained_reward_loads_with_the_same_rewards(tmp_path, source):
+    other = [] if source == "policy" else [f"discriminator.path={model_directory('llama')}"]
+    lab = laboratory(model_directory(), *NF4, *LORA, *RATES, "steps=3", *other)
+    trained(lab, tmp_path / "m")
+    prompts = lab.prompts(1)
+    batch = lab.reward.bridge.pack(expert_traces(lab, prompts), prompts)
+    save_reward(lab.reward.model, (lab.reward.bridge.chat or lab.maker.chat).tokenizer, tmp_path / "reward")
+    model, bridge = load_reward(tmp_path / "reward", lab.config, lab.maker, lab.start, CPU)
+    assert (bridge.chat is None) == (lab.reward.bridge.chat is None)
+    expected = lab.reward.model.score(batch)
+    assert torch.equal(model.score(batch), expected) and expected.std() > 0.05
+    shared = model.backbone.embed_tokens.weight is lab.start.backbone.embed_tokens.weight
+    assert shared == (source == "policy") and is_quantised(model.backbone)
+
+
 # ---- a whole run ----
+
+
+@functools.cache
+def full_run() -> Path:
+    """A short run that trained every weight."""
+    root = tempfile.mkdtemp(prefix="airl-fast-test-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    train(*over(model_directory(), "steps=1", "evaluate.final=false", f"output_dir={root}"), "--run-name", "full")
+    return Path(root) / "full"
 
 
 def words(root: Path, *more: str) -> tuple[str, ...]:
     return (
-        *over((small_run() / START).resolve(), *NF4, LORA[0], *RATES), "discriminator.lora={rank: 4, dropout: 0.2}",
+        *over(model_directory(), *NF4, LORA[0], *RATES), "discriminator.lora={rank: 4, dropout: 0.2}",
         "discriminator.warmup_steps=2", "discriminator.optim.name=adamw_8bit", "steps=4", "checkpoint_every=2",
         "evaluate.baselines=[sft]", "evaluate.samples=3", "evaluate.prompts=6", f"output_dir={root}", *more,
         "--run-name", "run",
@@ -107,7 +136,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_keeps_what_it_trained_and_a_link_to_the_rest(whole):
-    assert (whole / START).is_symlink() and (whole / START).resolve() == (small_run() / START).resolve()
+    assert (whole / START).is_symlink() and (whole / START).resolve() == model_directory()
     for part, extra in ((POLICY, set()), (REWARD, {"head.json", "head.safetensors"})):
         files = {f.name for f in (whole / part).iterdir()}
         assert files >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} | extra
@@ -147,7 +176,7 @@ def test_eval_loads_adapters_over_the_base_it_shares(whole, capsys):
 def test_export_writes_a_peft_adapter(whole, tmp_path, capsys):
     out = tmp_path / "adapter"
     assert main(["export", str(whole), "--format", "adapter", "-o", str(out)]) == 0
-    base = (small_run() / START).resolve()
+    base = model_directory()
     assert capsys.readouterr().out.strip() == (
         f"adapter of the policy written to {out}; its frozen weights are in {base}"
     )
@@ -180,7 +209,7 @@ def test_a_moved_run_finds_its_own_start(whole, tmp_path):
     run = tmp_path / "there" / "run"
     shutil.copytree(whole, run, symlinks=True)
     (run / START).unlink()
-    shutil.copytree(small_run() / START, run / START)
+    shutil.copytree(model_directory(), run / START)
     file = run / POLICY / "adapter_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"base_model_name_or_path": "/gone/run/start"}))
@@ -191,7 +220,23 @@ def test_a_moved_run_finds_its_own_start(whole, tmp_path):
     assert main(["export", str(run), "--format", "merged"]) == 2
 
 
+def test_a_warm_start_is_saved_whole_and_then_quantised(tmp_path):
+    more = ("model.path=null", "model.build={}", "warm_start={updates: 3, batch_size: 4, examples: 500}", *NF4, *LORA)
+    train(
+        *over(model_directory(), *more, "steps=1", "evaluate.final=false", f"output_dir={tmp_path}"), "--run-name", "w"
+    )
+    run = tmp_path / "w"
+    assert not (run / START).is_symlink()
+    assert AutoModelForCausalLM.from_pretrained(run / START).dtype == torch.float32
+    settings = json.loads((run / POLICY / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(run / START)
+    lab = open_run(run)
+    assert is_quantised(lab.start.model) and is_quantised(load_policy(run / POLICY, lab.config.model, CPU).model)
+
+
 def refused(capsys, *argv: object) -> str:
+    """The one sentence that this command ends with."""
+    capsys.readouterr()
     assert main([str(word) for word in argv]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -199,8 +244,8 @@ def refused(capsys, *argv: object) -> str:
 
 
 def test_export_says_what_is_wrong(whole, tmp_path, capsys):
-    said = refused(capsys, "export", small_run(), "--format", "adapter")
-    assert "small trained every weight of its policy (model.lora is not set), so there is no adapter; use" in said
+    said = refused(capsys, "export", full_run(), "--format", "adapter")
+    assert "full trained every weight of its policy (model.lora is not set), so there is no adapter; use" in said
     assert "is no run directory" in refused(capsys, "export", tmp_path)
     assert f"{tmp_path} exists; choose another directory with -o." in refused(capsys, "export", whole, "-o", tmp_path)
     shutil.copytree(whole, tmp_path / "half", symlinks=True)
@@ -210,8 +255,8 @@ def test_export_says_what_is_wrong(whole, tmp_path, capsys):
     )
     what = ("--what", "discriminator")
     assert "has no final/discriminator" in refused(capsys, "export", whole / "baselines" / "sft", *what)
-    assert main(["export", str(small_run()), "-o", str(tmp_path / "copy")]) == 0
-    assert {f.name for f in (tmp_path / "copy").iterdir()} == set(os.listdir(small_run() / POLICY))
+    assert main(["export", str(full_run()), "-o", str(tmp_path / "copy")]) == 0
+    assert {f.name for f in (tmp_path / "copy").iterdir()} == set(os.listdir(full_run() / POLICY))
 
 
 @pytest.mark.parametrize(
