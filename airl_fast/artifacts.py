@@ -63,8 +63,13 @@ def load_policy(directory: Path, config: ModelConfig, device: torch.device) -> L
 def keep_start(lm: LanguageModel, config: Config, directory: Path) -> LanguageModel:
     """Make the start policy a part of the run, so that a resumed run finds it. Returns it as a resumed run loads it."""
     if config.model.lora is not None and config.model.path is not None and not config.warm_start.updates:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        directory.symlink_to(Path(lm.model.name_or_path), target_is_directory=True)
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            if directory.is_symlink():  # of a start that was cut short
+                directory.unlink()
+            directory.symlink_to(Path(lm.model.name_or_path), target_is_directory=True)
+        except OSError as error:
+            raise UserError(f"{directory} could not be written ({error.strerror}); check the directory.") from None
         return lm
     save_policy(lm, directory)
     return load_policy(directory, config.model, lm.device)
