@@ -17,7 +17,7 @@ def restored(**environment: str) -> Iterator[None]:
     its default dtype are what they were before."""
     before, set_threads, threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
     dtype, states = torch.get_default_dtype(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # the current one's
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     try:
@@ -35,5 +35,5 @@ def restored(**environment: str) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+        if device is not None:
+            torch.cuda.set_rng_state(device)

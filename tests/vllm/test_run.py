@@ -62,6 +62,8 @@ def test_adapters_are_swapped_every_step(tmp_path, quantise):
     for line in lines:
         assert line["sync/moved"] > 0
         assert (line["sync/difference"] < 1e-4) == (quantise is None)
+    # The start policy has no adapter, the trained one has: both are sampled by the same engine.
+    assert main(["eval", str(tmp_path / "lora"), "--k", "1", "--prompts", "8", "--samples", "2"]) == 0
     assert not (tmp_path / "lora" / SCRATCH).exists()
 
 
