@@ -329,3 +329,43 @@ def test_a_supervised_step_is_the_mean_over_all_completion_tokens():
         )
         assert stats[0].loss.item() == pytest.approx(loss.item(), abs=1e-5)
         assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("form", ["token", "sequence"])
+@pytest.mark.parametrize("budget", [EVERYTHING, 64])
+def test_truncated_importance_sampling(form, budget):
+    """min(π_trainer / π_sampler, ceiling) weighs every token's advantage, π_old being the trainer: a policy gradient
+    of the weighted advantages at the first step. Demonstrations weigh one."""
+    batch = rollout(seed=7)
+    batch = shifted(batch, torch.randn(batch.num_loss_tokens) * 0.3)
+    advantages = torch.randn(batch.num_loss_tokens)
+    options = {"importance_sampling": form, "importance_ceiling": 1.2}
+    found, stats = gradients(batch, advantages, budget=budget, **options)
+    model = copy.deepcopy(START.model).double().requires_grad_(True)
+    total, tokens, ratios = 0.0, 0, []
+    pieces = zip(batch.kind.tolist(), sequence_logprobs(model, batch, 1.0),
+                 batch.behaviour_logprobs.double().split(batch.loss_lengths),
+                 advantages.double().split(batch.loss_lengths), strict=True)  # fmt: skip
+    for kind, logp, sampled, advantage in pieces:
+        if kind == Kind.PERTURBED:
+            continue
+        apart = torch.zeros_like(logp) if kind == Kind.EXPERT else (logp - sampled).detach()
+        ratios.append(apart.exp())
+        apart = apart.sum() if form == "sequence" else apart
+        total = total - (apart.exp().clamp_max(1.2) * advantage * logp).sum()
+        tokens += len(logp)
+    (total / tokens).backward()
+    assert_close(found, {name: parameter.grad for name, parameter in model.named_parameters()})
+    assert (torch.cat(ratios) > 1.2).any() and (torch.cat(ratios) < 0.9).any()
+    # What is logged is the mismatch itself, before any ceiling.
+    assert stats.mismatch_max_ratio.item() == pytest.approx(torch.cat(ratios).max().item(), rel=1e-4)
+    assert stats.mismatch_max_ratio > 1.2 and stats.clip_fraction == 0
+
+
+def test_without_a_mismatch_the_correction_changes_nothing():
+    batch = rollout(seed=3)
+    advantages = torch.randn(batch.num_loss_tokens)
+    plain, _ = gradients(batch, advantages)
+    for form in ("token", "sequence"):
+        corrected, _ = gradients(batch, advantages, importance_sampling=form)
+        assert_close(corrected, plain)
