@@ -16,6 +16,7 @@ from airl_fast.errors import UserError
 from airl_fast.models.adapters import trainable
 from airl_fast.models.attention import shares_prompts
 from airl_fast.models.build import build_model, build_tokenizer
+from airl_fast.models.forward import verify_packing
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, load_language_model, wrap
 from airl_fast.optim import Optimiser, make_optimiser
@@ -140,6 +141,7 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
 
     Prompts too long for a model are refused or left out here, where the tokenizers are known.
     """
+    verify_packing(start)
     maker = make_maker(config, material.task, start)
     settings = config.model
     model = trainable(
@@ -187,6 +189,7 @@ def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device:
         changes = {"path": discriminator.path, "build": None, "quantise": discriminator.quantise}
         settings = settings.model_copy(update=changes)
         own = load_language_model(settings, device, key="discriminator.path")
+        verify_packing(own, "discriminator.path")
         same = own.tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
         chat = None if same else ChatFormat.from_tokenizer(own.tokenizer)
     if chat is not None and discriminator.head == "logprob":

@@ -18,7 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from airl_fast.errors import UserError
 from airl_fast.models.flash import Kernel, Pieces
 from airl_fast.types import Segments, TraceBatch
 
@@ -54,7 +53,7 @@ def dense_mask(segments: Segments, device: torch.device) -> torch.Tensor:
 
 def dense_masks(batch: TraceBatch, config) -> torch.Tensor | dict[str, torch.Tensor]:
     """The mask of every row, bool [1, 1, N, N], for a model that keeps its own attention; one per kind of layer where
-    the model has several. UserError for a kind that is no mask (recurrent or chunked layers)."""
+    the model has several. ValueError for layers that take no mask (recurrent or chunked ones)."""
     mask = dense_mask(batch.segments, batch.tokens.device)[None, None]
     window = sliding_window(config)
     distance = batch.positions[:, None] - batch.positions
@@ -62,10 +61,7 @@ def dense_masks(batch: TraceBatch, config) -> torch.Tensor | dict[str, torch.Ten
     kinds = set(getattr(config, "layer_types", None) or ())
     others = kinds - {"full_attention", "sliding_attention"}
     if others:
-        raise UserError(
-            f"model.path: a {config.model_type} model has layers of {', '.join(sorted(others))}, which cannot be "
-            "trained on packed sequences; use another architecture, such as Qwen2 or Llama."
-        )
+        raise ValueError(f"layers of {', '.join(sorted(others))} take no mask")
     return {"full_attention": mask, "sliding_attention": near} if len(kinds) > 1 else near
 
 
@@ -150,15 +146,20 @@ for _kernel in KERNELS:
     AttentionMaskInterface.register(PREFIX + _kernel, sdpa_mask)
 
 
-def set_packed(model: PreTrainedModel, kernel: str = "auto") -> str | None:
-    """Make the model attend over packed rows. Returns why it cannot share prompts, None when it can.
+def set_packed(model: PreTrainedModel, kernel: str = "auto") -> None:
+    """Make the model attend over packed rows, where it can.
 
     A model that cannot keeps its own attention; `hidden_states` then hands it the mask of every row.
     """
-    reason = why_not_shared(model)
-    if reason is None:
+    if why_not_shared(model) is None:
         model.set_attn_implementation(PREFIX + kernel)
-    return reason
+
+
+def keep_own_attention(model: PreTrainedModel, reason: str) -> None:
+    """For a model that was seen to compute something else over packed rows."""
+    model.set_attn_implementation("sdpa")
+    for module in (model, model.base_model):
+        module.keeps_own_attention = reason
 
 
 def shares_prompts(module: torch.nn.Module) -> bool:
@@ -173,6 +174,8 @@ def packed_kernel(module: torch.nn.Module) -> str | None:
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
     """Why this model's attention cannot be replaced by the packed one, None when it can."""
+    if getattr(model, "keeps_own_attention", None):
+        return model.keeps_own_attention
     config, name = model.config.get_text_config(), type(model).__name__
     if not model._can_set_attn_implementation():
         return f"{name} does not take its attention from transformers' attention interface"

@@ -7,10 +7,10 @@ temperature and top-p), which PPO needs as log π_old.
 from collections.abc import Sequence
 
 import torch
-from transformers import DynamicCache
 
 from airl_fast.models.load import LanguageModel
 from airl_fast.rollout.engine import Sample, SamplingParams
+from airl_fast.rollout.prefill import read_prompts
 
 
 class Builtin:
@@ -55,35 +55,18 @@ def _decode(
     lm: LanguageModel, prompts: list[list[int]], params: SamplingParams, generator: torch.Generator
 ) -> list[Sample]:
     distinct = list(dict.fromkeys(map(tuple, prompts)))  # read once each; their samples part at the first draw
-    width = max(map(len, distinct))
-    tokens = torch.zeros(len(distinct), width, dtype=torch.int64)
-    mask = torch.zeros(len(distinct), width, dtype=torch.int64)
-    for i, prompt in enumerate(distinct):  # padded on the left, so that all rows end at the same column
-        tokens[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    tokens, mask = tokens.to(lm.device), mask.to(lm.device)
-    padded = bool((mask == 0).any())
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = DynamicCache(config=lm.model.config)
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=lm.device)
+    read = read_prompts(lm, distinct)
+    cache, mask = read.cache, read.mask[source]
+    cache.batch_select_indices(source)
+    logits, positions, padded = read.logits[source], mask.sum(1, keepdim=True) - 1, len({*map(len, distinct)}) > 1
     alive = torch.arange(len(prompts), device=lm.device)  # rows still being decoded; finished ones leave the cache
     drawn: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     for step in range(params.max_new_tokens):
-        output = lm.model(
-            input_ids=tokens,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1].float()
-        if step == 0 and len(distinct) < len(prompts):
-            place = {prompt: i for i, prompt in enumerate(distinct)}
-            source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=lm.device)
-            cache.batch_select_indices(source)
-            logits, positions, mask = logits[source], positions[source], mask[source]
+        logits = logits.float()
         logits[:, lm.num_tokens :] = float("-inf")  # padding of the vocabulary
         chosen, chosen_logprobs = choose(logits, params.temperature, params.top_p, generator)
         ended = chosen == params.end_token
@@ -103,6 +86,13 @@ def _decode(
                 break
             cache.batch_select_indices(keep)
             tokens, positions, mask, alive = tokens[keep], positions[keep], mask[keep], alive[keep]
+        logits = lm.model(
+            input_ids=tokens,
+            attention_mask=mask if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
     return [
         Sample(tokens=tuple(t), logprobs=tuple(p), finished=f)
         for t, p, f in zip(drawn, logprobs, finished, strict=True)

@@ -1,12 +1,14 @@
 """Packed attention against a dense masked product in float64; models with it against padded, unshared forwards."""
 
 import copy
+import dataclasses
 import random
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from airl_fast.errors import UserError
 from airl_fast.models.attention import (
@@ -14,11 +16,11 @@ from airl_fast.models.attention import (
     SharedPrefixAttention,
     attend_dense,
     dense_mask,
-    dense_masks,
     packed_kernel,
+    why_not_shared,
 )
 from airl_fast.models.flash import CpuFlash, Segmentwise, choose_kernel, pieces
-from airl_fast.models.forward import hidden_states, token_logprobs
+from airl_fast.models.forward import hidden_states, token_logprobs, verify_packing
 from airl_fast.models.load import wrap
 from airl_fast.pack import pack
 from airl_fast.types import Segments
@@ -161,10 +163,33 @@ def test_an_architecture_that_keeps_its_own_attention_gets_the_mask():
         torch.testing.assert_close(found, alone[-len(t.tokens) :], atol=1e-5, rtol=1e-5)
 
 
-def test_recurrent_layers_cannot_be_packed():
+def test_a_model_that_computes_something_else_over_packed_rows_is_found_out(monkeypatch):
+    """Its attention ignores the packing: it goes back to its own, which gets the mask, and the log says why."""
+
+    def causal(module, query, key, value, attention_mask, packing=None, **unused):
+        masked = attention_mask if packing is None else None  # blind to segments
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, masked, **unused)
+
+    lm = wrap(model_of("qwen2", 2), None)
+    verify_packing(lm)
+    assert packed_kernel(lm.backbone) == "auto" and why_not_shared(lm.model) is None
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PREFIX + "auto", causal)
+    verify_packing(lm)
+    assert packed_kernel(lm.backbone) is None
+    assert "Qwen2ForCausalLM computes something else over packed rows" in why_not_shared(lm.model)
+    traces = groups_of([[5, 9], [4]])
+    found = token_logprobs(lm, pack(traces, CPU))
+    torch.testing.assert_close(found, torch.cat(padded_logprobs(lm.model, traces)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_cannot_be_packed_at_all_is_refused():
     config = AutoConfig.for_model("mamba", vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(UserError, match="mamba model has layers of linear_attention"):
-        dense_masks(pack(groups_of([[2]]), CPU), config)
+    lm = wrap(model_of("llama", 2), None)
+    broken = dataclasses.replace(lm, model=AutoModelForCausalLM.from_config(config))
+    with pytest.raises(
+        UserError, match=r"discriminator.path: a MambaForCausalLM .* \(layers of linear_attention take no"
+    ):
+        verify_packing(broken, "discriminator.path")
 
 
 def test_kernels_that_cannot_run_say_so():

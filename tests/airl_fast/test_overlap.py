@@ -149,3 +149,26 @@ def test_metrics_read_a_step_once(folders, tmp_path, monkeypatch):
         with counting(monkeypatch) as found:
             meter.log(1, tokens=result.tokens, **result.records)
     assert found["tolist"] == 1 and found["item"] == 0
+
+
+def test_no_padded_token_reaches_a_model(folders, tmp_path):
+    """In a step's updates and scores each model embeds the rows of the packed batches and nothing else."""
+    lab = lab_of(folders, path="policy")
+    read: dict[str, list[int]] = {"policy": [], "discriminator": []}
+    for name, model in (("policy", lab.policy.lm.model), ("discriminator", lab.reward.model.backbone)):
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output, name=name: read[name].append(inputs[0].numel())
+        )
+    prompts = lab.prompts(1)
+    known = batches.expert_traces(lab, prompts) + batches.sample_traces(lab, prompts, 3, 1, "rollout")
+    judged = known + batches.perturbed_traces(lab, prompts, known, Kind.EXPERT, 1)
+    read["policy"].clear()
+    assert len({len(t.tokens) for t in judged}) > 2
+
+    def rows(traces) -> int:
+        return sum(map(len, {t.prompt_tokens for t in traces})) + sum(len(t.tokens) for t in traces)
+
+    lab.reward.model.update(lab.reward.bridge.pack(judged, prompts), lab.reward.optimiser)
+    rewards = lab.reward.model.score(lab.reward.bridge.pack(known, prompts))
+    lab.policy.update(batches.pack_for_policy(lab, known), rewards)
+    assert read == {"policy": [rows(known)], "discriminator": [rows(judged), rows(known)]}

@@ -9,6 +9,7 @@ from airl_fast.models.forward import token_logprobs
 from airl_fast.pack import pack
 from airl_fast.rollout.builtin import Builtin, choose, sample
 from airl_fast.rollout.engine import SamplingParams
+from airl_fast.rollout.prefill import read_prompts
 from tests.airl_fast.model_cases import CPU, language_model, trace
 
 END = 3
@@ -178,3 +179,23 @@ def test_the_engine_samples_the_model_that_was_pushed(lm):
     engine.push(other, "other")
     assert engine.check(other, "other") is None
     assert engine.sample(PROMPTS, 3, PARAMS) == drawn(other) != drawn(lm)
+
+
+def test_every_prompt_is_read_once_without_a_padded_token(lm):
+    read = []
+    hook = lm.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
+    drawn(lm, per_prompt=4, max_new_tokens=1)
+    hook.remove()
+    assert len({len(prompt) for prompt in PROMPTS}) > 1
+    assert len(read) == 1 and sorted(read[0].flatten().tolist()) == sorted(t for prompt in PROMPTS for t in prompt)
+
+
+def test_what_the_cache_shows_of_prompts_of_any_length_is_each_prompts_own(lm):
+    together = read_prompts(lm, PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        alone = read_prompts(lm, [prompt])
+        torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-5, rtol=1e-5)
+        assert together.mask[i].sum() == len(prompt) and together.mask[i, -len(prompt) :].all()
+        for ours, theirs in zip(together.cache.layers, alone.cache.layers, strict=True):
+            torch.testing.assert_close(ours.keys[i, :, -len(prompt) :], theirs.keys[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours.values[i, :, -len(prompt) :], theirs.values[0], atol=1e-5, rtol=1e-5)
