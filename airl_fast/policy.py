@@ -125,28 +125,21 @@ class Policy:
             batch, self.budget, lambda part: token_logprobs(self.reference, part, temperature=self.temperature)
         )
 
+    @torch.no_grad()
     def _stats(self, batch, advantages, old, start, current, entropy, reference, loss, grad_norm) -> PolicyStats:
-        weight = batch.per_token(batch.kind == Kind.POLICY).float()
-        weight = weight / weight.sum()
-        sampled = batch.behaviour_logprobs
-        mismatch = torch.where(sampled.isnan(), 0.0, start - sampled)
-        change = current - old
-        clipped = torch.where(
-            advantages > 0, change.exp() > 1 + self.config.clip_high, change.exp() < 1 - self.config.clip_low
-        ) & (advantages != 0)
-        missing = torch.full_like(loss, float("nan"))
+        """Over policy tokens, as `ppo_loss` itself counts them."""
+        counted = batch.per_token(batch.kind == Kind.POLICY)
+        clip = {"clip_low": self.config.clip_low, "clip_high": self.config.clip_high}
+        _, step = ppo_loss(current, old, advantages, counted, ref_logprobs=reference, **clip)
+        sampled = torch.where(counted, batch.behaviour_logprobs, 0.0)
+        _, mismatch = ppo_loss(start, sampled, advantages, counted)
         return PolicyStats(
             loss=loss,
-            clip_fraction=(clipped * weight).sum(),
-            approx_kl=(_k3(change) * weight).sum(),
-            entropy=(entropy * weight).sum(),
-            kl_to_start=missing if reference is None else (_k3(reference - current) * weight).sum(),
-            mismatch_kl=(_k3(mismatch) * weight).sum(),
-            mismatch_max_ratio=mismatch.max().exp(),
+            clip_fraction=step.clip_fraction,
+            approx_kl=step.approx_kl,
+            entropy=torch.where(counted, entropy, 0.0).sum() / step.num_tokens,
+            kl_to_start=torch.full_like(loss, float("nan")) if reference is None else step.reference_kl,
+            mismatch_kl=mismatch.approx_kl,
+            mismatch_max_ratio=mismatch.token_log_ratio.max().exp(),
             grad_norm=grad_norm,
         )
-
-
-def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Schulman's k3 estimator exp(x) - 1 - x of KL(p || q), x = log q - log p on samples of p: never negative."""
-    return torch.expm1(log_ratio) - log_ratio
