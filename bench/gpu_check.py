@@ -7,6 +7,7 @@ project nor a virtual environment has to be installed. Writes into `dir`:
 
     tests.log tests.xml     the tests of tests/gpu, as text and as JUnit
     bench.log ops.json      the benchmark of bench/ops.py at the shapes for GPUs
+    updates.log updates.json    bench/updates.py: a step's updates at real model sizes; needs the trainer's packages
     environment.json        device, driver, versions
     summary.md              what was printed last: failed tests, targets reached and missed, peers
 
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/gpu/test_ops_on_gpu.py", "tests/gpu/test_edges_on_gpu.py")
 NEEDED = ("torch", "triton", "pytest", "numpy")
 WHOLE = 525.0  # seconds for everything
-TEST_SECONDS, BENCH_SECONDS, LEAST_BENCH_SECONDS = 200.0, 330.0, 30.0
+TEST_SECONDS, BENCH_SECONDS, LEAST_BENCH_SECONDS, UPDATE_SECONDS = 200.0, 330.0, 30.0, 85.0
 GRACE = 25.0  # a row under way when the benchmark's time is over may still end
 
 
@@ -91,13 +92,14 @@ def describe() -> dict[str, object]:
 def check(out: Path, environment: dict[str, object]) -> int:
     """Tests, benchmark, summary; each runs whatever became of the one before."""
     start = time.monotonic()
-    for stale in ("tests.xml", "ops.json", "summary.md"):
+    for stale in ("tests.xml", "ops.json", "updates.json", "summary.md"):
         (out / stale).unlink(missing_ok=True)
     tests = run(test_command(out), out / "tests.log", TEST_SECONDS)
-    left = WHOLE - (time.monotonic() - start) - GRACE
+    left = WHOLE - (time.monotonic() - start) - GRACE - UPDATE_SECONDS
     budget = max(LEAST_BENCH_SECONDS, min(BENCH_SECONDS, left))
     bench = run(bench_command(out, budget), out / "bench.log", budget + GRACE)
-    text, code = summary(out, environment, tests, bench)
+    updates = run(updates_command(out), out / "updates.log", UPDATE_SECONDS)
+    text, code = summary(out, environment, tests, bench, updates)
     (out / "summary.md").write_text(text, encoding="utf-8")
     print("\n" + text, end="", flush=True)
     return code
@@ -112,6 +114,12 @@ def test_command(out: Path) -> list[str]:
 def bench_command(out: Path, budget: float) -> list[str]:
     json_file = str(out.resolve() / "ops.json")
     return [sys.executable, "-m", "bench.ops", "--shapes", "gpu", "--json", json_file, "--budget-s", f"{budget:.0f}"]
+
+
+def updates_command(out: Path) -> list[str]:
+    """The second model starts only when the first was quick, so that both end in time."""
+    json_file = str(out.resolve() / "updates.json")
+    return [sys.executable, "-m", "bench.updates", "--json", json_file, "--budget-s", f"{UPDATE_SECONDS / 3:.0f}"]
 
 
 def run(command: list[str], log: Path, limit: float) -> Ran:
@@ -147,15 +155,22 @@ def run(command: list[str], log: Path, limit: float) -> Ran:
 # ---- the summary -----------------------------------------------------------------------------------------------
 
 
-def summary(out: Path, environment: dict[str, object], tests: Ran, bench: Ran) -> tuple[str, int]:
-    """(Markdown, exit code) from what the two commands left in `out`."""
+def summary(out: Path, environment: dict[str, object], tests: Ran, bench: Ran, updates: Ran) -> tuple[str, int]:
+    """(Markdown, exit code) from what the commands left in `out`. Updates that could not be timed fail nothing: the
+    trainer's packages may be absent."""
     test_text, tests_failed = test_summary(out / "tests.xml", tests)
     bench_text, bench_failed = bench_summary(out / "ops.json", bench)
     title = ", ".join(f"{environment[key]}" for key in ("device", "capability"))
     versions = ", ".join(f"{key} {environment[key]}" for key in ("python", "torch", "cuda", "triton"))
     failed = tests_failed or bench_failed
     ending = "FAILED" if failed else "passed"
-    parts = (f"# GPU check: {title}", versions, "## Tests", test_text, "## Benchmark", bench_text, f"Check {ending}.")
+    parts = (
+        *(f"# GPU check: {title}", versions),
+        *("## Tests", test_text),
+        *("## Benchmark", bench_text),
+        *("## Updates of a step", updates_summary(out, updates)),
+        f"Check {ending}.",
+    )
     return "\n\n".join(parts) + "\n", int(failed)
 
 
@@ -204,6 +219,19 @@ def bench_summary(report: Path, ran: Ran) -> tuple[str, bool]:
     if ran.code != 0:
         lines.append(f"bench.ops {ended}; see bench.log.")
     return "\n\n".join(lines), ran.code != 0
+
+
+def updates_summary(out: Path, ran: Ran) -> str:
+    """The table of updates.json; without it, the last line that the command printed."""
+    from bench.updates_report import MFU_GOAL, render
+
+    try:
+        document = json.loads((out / "updates.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        ended = f"stopped after {ran.seconds:.0f} s" if ran.code is None else f"ended with code {ran.code}"
+        lines = (out / "updates.log").read_text(encoding="utf-8").strip().splitlines()
+        return f"Not measured, bench.updates {ended}: {lines[-1] if lines else 'it printed nothing'}"
+    return f"{render(document)}\n\nGoal of the policy's update, prompts shared: {MFU_GOAL} % model FLOPs utilisation."
 
 
 if __name__ == "__main__":

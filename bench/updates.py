@@ -33,9 +33,9 @@ from airl_fast.types import Kind, Trace, TraceBatch
 from bench.errors import BadArgument, Parser, run_command
 from bench.padded import padded
 from bench.peers._packages import installed
-from bench.report import short, table
 from bench.results import commit, device_name
 from bench.step_flops import _passes, forward_flops, gemm_tflops
+from bench.updates_report import render
 
 
 def _shape(hidden: int, intermediate: int, heads: int, layers: int) -> dict[str, int]:
@@ -255,26 +255,6 @@ def _trl(policy: str, discriminator: str, shape: Shape, device, dtype, repeats: 
         peak_mib=peak,
         model_flops_utilisation=None,
     )
-
-
-def render(document: dict) -> str:
-    header = ["policy", "variant", "rows", "discriminator s", "score s", "policy s", "tokens/s", "peak MiB", "MFU"]
-    lines = [
-        [
-            row["policy"],
-            row["variant"],
-            str(row["rows"]),
-            *(short(row["seconds"][p]) if p in row["seconds"] else "–" for p in ("discriminator", "score", "policy")),
-            short(row["tokens_per_s"]),
-            "–" if row["peak_mib"] is None else short(row["peak_mib"]),
-            "–" if row["model_flops_utilisation"] is None else f"{100 * row['model_flops_utilisation']:.0f} %",
-        ]
-        for row in document["rows"]
-    ]
-    sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in document["shape"].items())
-    kernels = sorted({f"{row['variant']}: {row['backend']}" for row in document["rows"]})
-    title = f"{document['device']}; {sizes}; LoRA; GEMM {document['gemm_tflops']:.3g} TFLOP/s"
-    return "\n".join([title, table(header, lines), *kernels])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every preset is described, resolves and dry-runs."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -65,6 +66,10 @@ def test_a_preset_that_makes_its_model_dry_runs(
             pytest.skip(f"no {file} at {DATA / folder}; set AIRL_DATA to the folder with the published data")
         words = [f"data.path={DATA / folder}", "data.num_experts=50"]
     monkeypatch.chdir(tmp_path)
+    if load(name).rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        assert main(["train", name, *words, "--dry-run"]) == 2
+        assert "rollout.engine=vllm needs the package vllm, which is not installed" in capsys.readouterr().err
+        words.append("rollout.engine=builtin")  # all else about it fits together
     assert main(["train", name, *words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     config = load(name)

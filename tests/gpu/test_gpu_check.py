@@ -85,13 +85,14 @@ def test_a_missing_package_is_named(monkeypatch):
 TEST_FILE = "def test_right():\n    assert True\n\n\ndef test_other():\n    assert {}\n"
 
 
-def commands(monkeypatch, tmp_path: Path, tests: str, bench: list[str]) -> None:
+def commands(monkeypatch, tmp_path: Path, tests: str, bench: list[str], updates: str = "print('no pydantic')") -> None:
     """A small test file and a small benchmark in place of the GPU's."""
     (tmp_path / "test_small.py").write_text(tests)
     report = f"--junitxml={tmp_path / 'out' / 'tests.xml'}"
     options = ["-c", os.devnull, "-p", "no:cacheprovider", report, str(tmp_path / "test_small.py")]
     monkeypatch.setattr(gpu_check, "test_command", lambda out: [sys.executable, "-m", "pytest", *options])
     monkeypatch.setattr(gpu_check, "bench_command", lambda out, budget: bench)
+    monkeypatch.setattr(gpu_check, "updates_command", lambda out: [sys.executable, "-c", updates])
     (tmp_path / "out").mkdir()
 
 
@@ -114,7 +115,7 @@ def test_a_failing_test_fails_the_check_and_the_benchmark_runs_all_the_same(monk
     rows = json.loads((tmp_path / "out" / "ops.json").read_text())["rows"]
     assert {row["backend"] for row in rows} >= {"airl"}
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "bench.log", "ops.json", "summary.md", "tests.log", "tests.xml",
+        "bench.log", "ops.json", "summary.md", "tests.log", "tests.xml", "updates.log",
     ]  # fmt: skip
 
 
@@ -208,3 +209,22 @@ def test_every_target_is_measured_by_the_benchmark():
     for target in targets.TARGETS:
         case = next(case for case in CASES if (case.op, case.mode) == (target.op, target.mode))
         assert any(case.runs_at(shape) and target.where(shape.sizes) for shape in shapes), target
+
+
+UPDATES = """
+import json, sys
+row = {"policy": "p", "discriminator": "d", "variant": "shared", "backend": "flash", "rows": 5, "tokens_per_s": 7.0,
+       "seconds": {"policy": 2.0}, "peak_mib": 3.0, "model_flops_utilisation": 0.5}
+document = {"device": "X", "shape": {"prompts": 1}, "gemm_tflops": 700.0, "rows": [row]}
+json.dump(document, open(%r, "w"))
+"""
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_updates_are_shown_and_fail_nothing(measured, monkeypatch, tmp_path):
+    code = UPDATES % str(tmp_path / "out" / "updates.json") if measured else "raise SystemExit('pydantic is missing')"
+    commands(monkeypatch, tmp_path, TEST_FILE.format("True"), small_benchmark(tmp_path), code)
+    assert gpu_check.check(tmp_path / "out", ENVIRONMENT) == 0
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert ("GEMM 700 TFLOP/s" in text and "50 %" in text and "45 %" in text) == measured
+    assert ("Not measured, bench.updates ended with code 1: pydantic is missing" in text) != measured
