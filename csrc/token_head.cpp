@@ -200,6 +200,17 @@ at::Tensor token_rewards(
     const std::optional<at::Tensor>& index, const std::optional<at::Tensor>& offset, std::string_view kind,
     double temperature, std::optional<double> clip) {
   const Head head = make_head(hidden, weight, bias, index, offset);
+  if (!head.index.has_value() && head.hidden.scalar_type() == head.accumulate()) {
+    // One vector and nothing to widen is a matrix-vector product, which the library does faster than the walk.
+    at::Tensor rewards = at::mv(head.hidden, head.weight);
+    if (head.bias.has_value()) rewards.add_(*head.bias);
+    if (head.offset.has_value()) rewards.add_(*head.offset);
+    AT_DISPATCH_FLOATING_TYPES(rewards.scalar_type(), "token_rewards", [&] {
+      auto* r = rewards.mutable_data_ptr<scalar_t>();
+      rewards_of(kind, r, r, head.rows(), temperature, clip);
+    });
+    return rewards;
+  }
   at::Tensor rewards = at::empty({head.rows()}, hidden.options().dtype(head.accumulate()));
   DISPATCH_HEAD(head, "token_rewards", [&] {
     Walk<scalar_t> rows(head);
