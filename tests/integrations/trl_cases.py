@@ -156,4 +156,4 @@ def assert_same_run(found: Record, expected: Record, *, steps: int = 20, bound: 
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-6))
+    return float((found.detach() - expected).norm() / expected.norm().clamp_min(1e-6))
