@@ -192,6 +192,10 @@ OPTIONS = {
     "accumulation": ("policy.optim.tokens_per_micro_batch=100", "discriminator.optim.tokens_per_micro_batch=100"),
     "schedules": ("policy.optim.schedule=linear", "discriminator.optim.schedule=cosine"),
     "bfloat16": ("model.dtype=bfloat16",),
+    "overlap": ("discriminator.overlap=true",),
+    "prompts not shared": ("model.share_prompts=false", "model.attention=sdpa"),
+    "importance of tokens": ("policy.importance_sampling=token", "policy.importance_ceiling=1.5"),
+    "importance of sequences": ("policy.importance_sampling=sequence", "policy.epochs=2"),
 }  # fmt: skip
 
 

@@ -135,6 +135,15 @@ def test_a_checkpoint_of_another_run_starts_a_new_one(whole: Path, tmp_path: Pat
         assert torch.equal(tensor, weights(whole / POLICY)[key])
 
 
+def test_an_overlapping_discriminator_continues_to_the_same_weights(tmp_path: Path) -> None:
+    """A checkpoint waits for the update beside the next rollout, which the resumed run does not make again."""
+    for root, more in (("whole", ()), ("rest", ("--resume", tmp_path / "whole" / "run" / "checkpoints" / "step_4"))):
+        train(*words(tmp_path / root, "discriminator.overlap=true"), *more)
+    for part in (POLICY, REWARD):
+        mine, theirs = weights(tmp_path / "rest" / "run" / part), weights(tmp_path / "whole" / "run" / part)
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+
+
 def test_a_run_does_not_continue_with_another_method(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
