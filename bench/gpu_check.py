@@ -33,7 +33,7 @@ from pathlib import Path
 from bench.errors import BadArgument, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/gpu/test_ops_on_gpu.py", "tests/gpu/test_edges_on_gpu.py")
+TESTS = ("tests/gpu/test_ops_on_gpu.py", "tests/gpu/test_edges_on_gpu.py", "tests/gpu/test_attention_on_gpu.py")
 NEEDED = ("torch", "triton", "pytest", "numpy")
 WHOLE = 525.0  # seconds for everything
 TEST_SECONDS, BENCH_SECONDS, LEAST_BENCH_SECONDS, UPDATE_SECONDS = 200.0, 330.0, 30.0, 85.0
