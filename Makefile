@@ -3,6 +3,8 @@
 # make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and pytest
 # make test-vllm   run the tests of the vLLM sampler against the real one, for the CPU, in .venv-vllm
 # make peers  add TRL, Liger-Kernel and cut-cross-entropy, which tests and benchmarks compare with
+# make peer-tests  run Liger-Kernel's own tests against our functions, and ours against verl and OpenRLHF
+# make dist   build the source distributions and wheels of airl-kernels and airl-fast into dist/
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -11,9 +13,12 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+PEER_SITE := build/peers/site
+PEER_STAMP := $(PEER_SITE)/.installed
+DIST ?= dist
 NATIVE := $(wildcard csrc/*) kernels/setup.py kernels/pyproject.toml
 
-.PHONY: setup peers demo test test-vllm lint gpu-check clean
+.PHONY: setup peers peer-tests demo test test-vllm lint gpu-check dist clean
 setup: $(STAMP)
 peers: $(PEERS)
 
@@ -29,6 +34,16 @@ $(STAMP): constraints.txt pyproject.toml $(NATIVE)
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[peers]'
 	touch $(PEERS)
+
+# In a directory of their own, without dependencies: their pins are not ours. 100 MB to download, most of it Ray.
+$(PEER_STAMP): tests/peers/requirements.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation --upgrade --target $(PEER_SITE) -r $<
+	touch $@
+
+# PEER_ARGS=--all adds the large shapes and every case under the interpreter (long without a GPU).
+peer-tests: peers $(PEER_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_verl.py tests/integrations/test_openrlhf.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.peers.liger $(PEER_ARGS)
 
 demo: setup
 	rm -rf runs/demo
@@ -56,6 +71,14 @@ lint: setup
 OUT ?= gpu-check
 gpu-check:
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check $(OUT)
+
+# The wheels come from the source distributions, which thereby hold all that is needed, and no stale build folder.
+dist: setup
+	rm -rf $(DIST)
+	mkdir -p $(DIST)
+	cd kernels && $(abspath $(BIN))/python -c "import setuptools.build_meta as b; b.build_sdist('$(abspath $(DIST))')"
+	$(abspath $(BIN))/python -c "import setuptools.build_meta as b; b.build_sdist('$(abspath $(DIST))')"
+	AIRL_KERNELS_NATIVE=0 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST) $(DIST)/*.tar.gz
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist kernels/build kernels/*.egg-info *.egg-info kernels/airl_kernels/_native.so

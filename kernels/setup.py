@@ -2,18 +2,26 @@
 
 They are optional: without a compiler, without torch in the build environment (pip's isolated builds have none) or
 with AIRL_KERNELS_NATIVE=0 the package installs without them, says so, and runs its plain-torch bodies on the CPU.
-To have them: pip install --no-build-isolation ./kernels
+To have them: pip install --no-build-isolation ./kernels, or the source distribution in place of ./kernels.
+
+A wheel built with AIRL_KERNELS_NATIVE=0 is pure Python and fits every torch; that is the one to publish. The library
+is tied to the torch it was compiled against, so it is compiled where it is used, from the source distribution.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc").glob("*.cpp"))
+HERE = Path(__file__).resolve().parent
+CSRC = HERE / "csrc" if (HERE / "csrc").is_dir() else HERE.parent / "csrc"  # in a source distribution: beside us
+SOURCES = sorted(CSRC.glob("*.cpp"))
+NATIVE = os.environ.get("AIRL_KERNELS_NATIVE") != "0"
 
 
 class BuildNative(build_ext):
@@ -33,8 +41,6 @@ class BuildNative(build_ext):
 
     @staticmethod
     def _reason_to_skip() -> str | None:
-        if os.environ.get("AIRL_KERNELS_NATIVE") == "0":
-            return "AIRL_KERNELS_NATIVE=0 is set."
         if not SOURCES:
             return "the csrc directory is not beside the package."
         try:
@@ -69,4 +75,16 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"  # no Python version in the name: it does not use Python
 
 
-setup(ext_modules=[Extension("airl_kernels._native", sources=[])], cmdclass={"build_ext": BuildNative})
+class SourceDistribution(sdist):
+    """Takes along csrc and the licence, which the repository keeps outside this directory."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        shutil.copytree(CSRC, Path(base_dir) / "csrc", dirs_exist_ok=True)
+        shutil.copy(CSRC.parent / "LICENSE", base_dir)
+
+
+setup(
+    ext_modules=[Extension("airl_kernels._native", sources=[])] if NATIVE else [],
+    cmdclass={"build_ext": BuildNative, "sdist": SourceDistribution},
+)

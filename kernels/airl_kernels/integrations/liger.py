@@ -337,12 +337,12 @@ def _sequence_or_token(ratio: Tensor | None, shape: torch.Size) -> Tensor | None
     """[B] as [B, 1]; [B, 1] and [B, T] as they are."""
     if ratio is None:
         return None
-    ratio = ratio.unsqueeze(1) if ratio.dim() == 1 else ratio
-    if ratio.dim() != 2 or ratio.shape[0] != shape[0] or ratio.shape[1] not in (1, shape[1]):
+    column = ratio.unsqueeze(1) if ratio.dim() == 1 else ratio
+    if column.dim() != 2 or column.shape[0] != shape[0] or column.shape[1] not in (1, shape[1]):
         raise ValueError(
             f"vllm_is_ratio must have shape [{shape[0]}], [{shape[0]}, 1] or {list(shape)}, got {list(ratio.shape)}."
         )
-    return ratio
+    return column
 
 
 def _metrics(terms: TokenTerms, mask: Tensor) -> list[Tensor]:
