@@ -162,3 +162,13 @@ def test_missing_or_misshapen_inputs_raise():
         ours.triton_grpo_loss(torch.randn(3, 11, 5), None, None, case.ids, case.advantages, beta=0.0)
     with pytest.raises(ValueError, match=r"beta=0.04 needs ref_logp"):
         ours.triton_grpo_loss(torch.randn(3, 12, 29), None, None, case.ids, case.advantages)
+
+
+def test_only_the_listed_failures_of_the_peer_tests_are_explained():
+    from tests.peers.liger import FileResult
+
+    test = "test/chunked_loss/test_grpo_loss.py::test_correctness[None-sequence-luspo-False-False-True-0.1-0.2-0.2-1.0-"
+    known, wide = f"{test}True-1.0-dtype0-0.1-0.5-3-47-31-123]", f"{test}True-1.0-dtype1-2e-05-0.001-3-47-31-123]"
+    outcomes = [{"test": name, "outcome": "failed", "reason": ""} for name in (known, wide)]
+    outcomes.append({"test": "passing", "outcome": "passed", "reason": ""})
+    assert FileResult(path="a", outcomes=outcomes, calls=1, left_out="0").unexplained() == [wide]
