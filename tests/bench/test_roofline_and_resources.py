@@ -99,7 +99,10 @@ def test_the_pytest_benchmarks_run_when_named_and_only_then():
         "-k",
         "gae and 272x300",
     ]
-    run = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=False)
+    # pytest-benchmark does nothing in a worker of pytest-xdist, and takes a child of one for a worker.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command += ["-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     if "unrecognized arguments: --benchmark-only" in run.stderr:
         pytest.skip("pytest-benchmark is not installed")
     assert run.returncode == 0, run.stdout
