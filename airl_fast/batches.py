@@ -1,12 +1,14 @@
 """What goes into a step's batch: samples of the policy, demonstrations, perturbed traces and replayed samples."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from airl_fast.lab import Lab
 from airl_fast.models.attention import shares_prompts
 from airl_fast.pack import pack
-from airl_fast.rollout.engine import SyncStats
+from airl_fast.rollout.engine import Engine, SamplingParams, SyncStats
+from airl_fast.traces import TraceMaker
 from airl_fast.types import Example, Kind, Trace, TraceBatch
 
 
@@ -25,10 +27,17 @@ class RolloutStats:
 def sample_traces(lab: Lab, prompts: Sequence[Example], per_prompt: int, step: int, purpose: str) -> list[Trace]:
     """`per_prompt` traces of each prompt, prompt after prompt, drawn with the weights that the engine was given last;
     a trace's group is its prompt's place."""
-    tokens = [lab.maker.prompt_tokens(example) for example in prompts]
-    groups = lab.engine.sample(tokens, per_prompt, lab.sampling(step, purpose))
+    return draw(lab.engine, lab.maker, prompts, per_prompt, lab.sampling(step, purpose))
+
+
+def draw(
+    engine: Engine, maker: TraceMaker, prompts: Sequence[Example], per_prompt: int, params: SamplingParams
+) -> list[Trace]:
+    """`per_prompt` traces of each prompt, prompt after prompt; a trace's group is its prompt's place."""
+    tokens = [maker.prompt_tokens(example) for example in prompts]
+    groups = engine.sample(tokens, per_prompt, params)
     return [
-        lab.maker.sampled(example, group, drawn)
+        maker.sampled(example, group, drawn)
         for group, (example, samples) in enumerate(zip(prompts, groups, strict=True))
         for drawn in samples
     ]
@@ -69,7 +78,21 @@ def perturbed_traces(
     """
     settings = lab.config.discriminator
     copies = settings.perturbed_per_expert if kind == Kind.EXPERT else settings.perturbed_per_prompt
-    rng = lab.rng(step, f"perturb-{kind.name}")
+    return broken_copies(
+        lab.maker, prompts, traces, kind, copies, settings.propagate, lab.rng(step, f"perturb-{kind.name}")
+    )
+
+
+def broken_copies(
+    maker: TraceMaker,
+    prompts: Sequence[Example],
+    traces: Sequence[Trace],
+    kind: Kind,
+    copies: int,
+    propagate: float,
+    rng: random.Random,
+) -> list[Trace]:
+    """As `perturbed_traces`: `copies` of each demonstration, or of the samples of a prompt in all."""
     made: list[Trace] = []
     for group, example in enumerate(prompts):
         sources = [i for i, t in enumerate(traces) if t.group == group and t.kind == kind and t.finished]
@@ -77,7 +100,7 @@ def perturbed_traces(
         for i in rng.sample(sources, len(sources)) * (copies if kind == Kind.EXPERT else 1):
             if wanted == 0:
                 break
-            trace = lab.maker.perturbed(example, traces[i], i, rng, settings.propagate)
+            trace = maker.perturbed(example, traces[i], i, rng, propagate)
             if trace is not None:
                 made.append(trace)
                 wanted -= 1

@@ -65,19 +65,10 @@ class Lab:
     def sampling(self, step: int, purpose: str = "rollout") -> SamplingParams:
         """Parameters of the step's rollout. All draws of a run come from its seed, the step and their purpose, so
         a resumed run needs no generator state to repeat them."""
-        rollout = self.config.rollout
-        judged = purpose.startswith(("dev", "final")) and self.config.evaluate.top_p is not None
-        return SamplingParams(
-            temperature=rollout.temperature,
-            top_p=self.config.evaluate.top_p if judged else rollout.top_p,
-            max_new_tokens=rollout.max_new_tokens,
-            end_token=self.maker.chat.end_of_turn,
-            seed=self.rng(step, purpose).getrandbits(63),
-            batch_size=rollout.batch_size,
-        )
+        return sampling_params(self.config, self.maker.chat, step, purpose)
 
     def rng(self, step: int, purpose: str) -> random.Random:
-        return random.Random(f"{self.config.seed}/{purpose}/{step}")
+        return draws_of(self.config, step, purpose)
 
     def prompts(self, step: int, count: int | None = None) -> list[Example]:
         """The training prompts of a step (from 1): consecutive slices of a fresh shuffle in every epoch."""
@@ -89,6 +80,24 @@ class Lab:
             self.rng(epoch, "prompts").shuffle(order)
             chosen += [train[i] for i in order[offset : offset + count - len(chosen)]]
         return chosen
+
+
+def draws_of(config: Config, step: int, purpose: str) -> random.Random:
+    return random.Random(f"{config.seed}/{purpose}/{step}")
+
+
+def sampling_params(config: Config, chat: ChatFormat, step: int, purpose: str) -> SamplingParams:
+    """See `Lab.sampling`. A purpose that begins with "dev" or "final" is an evaluation's."""
+    rollout = config.rollout
+    judged = purpose.startswith(("dev", "final")) and config.evaluate.top_p is not None
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=config.evaluate.top_p if judged else rollout.top_p,
+        max_new_tokens=rollout.max_new_tokens,
+        end_token=chat.end_of_turn,
+        seed=draws_of(config, step, purpose).getrandbits(63),
+        batch_size=rollout.batch_size,
+    )
 
 
 def _silent(text: str) -> None:

@@ -92,10 +92,18 @@ class TraceMaker:
         closing = sorted(trace.text.find(tag) + len(tag) for tag in ("</think>", "</answer>") if tag in trace.text)
         return Boundaries(steps=steps, blocks=self._tokens_at(trace, closing))
 
-    def step_tokens(self, trace: Trace) -> tuple[int, ...]:
-        """The index of the token that holds each step's last character; the end-of-turn token joins the last step."""
-        steps = self._tokens_at(trace, self.task.step_ends(trace.text))
+    def step_tokens(self, trace: Trace, ends: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The index of the token that holds each step's last character; the end-of-turn token joins the last step.
+
+        ends: character offsets one past the end of each step; None for the task's.
+        """
+        steps = self._tokens_at(trace, self.task.step_ends(trace.text) if ends is None else ends)
         return (*steps[:-1], len(trace.tokens) - 1)
+
+    def token_at(self, trace: Trace, end: int) -> int:
+        """The token that holds the character before offset `end`: the last one when the text is shorter."""
+        spans = self.chat.token_char_spans(trace.text, trace.tokens)
+        return next((i for i, (_, stop) in enumerate(spans) if stop >= end), len(spans) - 1)
 
     def answer_tokens(self, trace: Trace) -> range:
         """The tokens that overlap the answer's content; empty when the trace names no answer."""

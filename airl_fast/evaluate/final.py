@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from airl_fast.artifacts import POLICY, REWARD, load_policy, load_reward
+from airl_fast.evaluate.judge import judge_of
 from airl_fast.evaluate.passk import Estimate, pass_at_k, pass_at_ks
 from airl_fast.evaluate.policies import Samples, sample_policy
 from airl_fast.evaluate.reward import RewardReport, evaluate_reward
@@ -47,7 +48,8 @@ def summarise(
     if (run / REWARD).is_dir():
         say("evaluate the reward on the start policy's samples")
         model, bridge = load_reward(run / REWARD, lab.config, lab.maker, lab.start, lab.policy.lm.device)
-        report = evaluate_reward(lab, model, bridge, measured["start"])
+        judge = judge_of(lab, model, bridge)
+        report = evaluate_reward(judge, measured["start"], lab.material.train)
     return _summary(lab, measured, report, split, seconds())
 
 
@@ -70,8 +72,8 @@ def _summary(
         parts = {
             "rerank_pass_at_1": {name: report.rerank[name] for name in RERANKERS},
             "rerank_other_pass_at_1": {k: v for k, v in report.rerank.items() if k not in RERANKERS},
-            "localise_hit_at_1": {k: v for k, v in report.localise.items() if k in LOCALISERS},
-            "localise_other_hit_at_1": {k: v for k, v in report.localise.items() if k not in LOCALISERS},
+            "localise_hit_at_1": {k: v.hit_at_1 for k, v in report.localise.items() if k in LOCALISERS},
+            "localise_other_hit_at_1": {k: v.hit_at_1 for k, v in report.localise.items() if k not in LOCALISERS},
             "auroc_within_prompt": report.auroc_within_prompt,
             "rerank_n": start.per_prompt,
         }

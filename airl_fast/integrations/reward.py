@@ -14,18 +14,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from airl_fast.advantage import advantages
-from airl_fast.artifacts import REWARD, START, load_policy, load_reward
+from airl_fast.artifacts import START, load_policy, load_reward
 from airl_fast.bridge import Bridge
 from airl_fast.config import Config
-from airl_fast.data.chat import ChatFormat
 from airl_fast.data.task import make_task
 from airl_fast.device import pick_device
 from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
+from airl_fast.evaluate.judge import bridge_from, locate_reward
 from airl_fast.evaluate.localise import TokenValues
 from airl_fast.evaluate.rerank import Scorer, trace_scores
 from airl_fast.lab import make_maker
-from airl_fast.models.attention import shares_prompts
 from airl_fast.overrides import load_config, read_yaml
 from airl_fast.pack import pack
 from airl_fast.traces import TraceMaker
@@ -67,7 +66,7 @@ class AIRLRewardFunction:
     ) -> None:
         if score not in get_args(Scorer):
             raise UserError(f"score={score!r} is unknown; choose {', '.join(get_args(Scorer))}.")
-        root, directory = _locate(Path(run), None if run_directory is None else Path(run_directory))
+        root, directory = locate_reward(Path(run), None if run_directory is None else Path(run_directory))
         self.score, self.__name__ = score, f"airl_{score}"
         self.config = load_config(Config, read_yaml(root / "config.yaml"), [], origin=str(root / "config.yaml"))
         self.device = pick_device(self.config) if device is None else torch.device(device)
@@ -77,7 +76,7 @@ class AIRLRewardFunction:
         maker = make_maker(self.config, task, start)
         self.model: Discriminator
         self.model, own = load_reward(directory, self.config, maker, start, self.device)
-        self.bridge = _bridge(self.model, own, start.tokenizer, tokenizer, self.config)
+        self.bridge = bridge_from(self.model, own, start.tokenizer, tokenizer, self.config)
 
     # ---- TRL's reward function ----
 
@@ -167,41 +166,6 @@ class AIRLRewardFunction:
             text=maker.chat.decode(tokens),
             finished=tokens[-1] == maker.chat.end_of_turn,
         )
-
-
-def _locate(given: Path, run: Path | None) -> tuple[Path, Path]:
-    """(run, reward model) of either directory."""
-    if run is not None:
-        root, directory = run, given
-    elif (given / "head.json").is_file():
-        root, directory = given.resolve().parents[1], given
-    else:
-        root, directory = given, given / REWARD
-    if not (root / "config.yaml").is_file() or not (root / START).is_dir():
-        raise UserError(
-            f"{given} belongs to no finished run (no config.yaml and {START} in {root}); "
-            "give a run's directory, or name the reward model's with run_directory."
-        )
-    if not directory.is_dir():
-        raise UserError(f"{root} has no {REWARD}; give a finished run whose algorithm is airl.")
-    return root, directory
-
-
-def _bridge(
-    model: Discriminator,
-    own: Bridge,
-    start: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: Config,
-) -> Bridge:
-    """From the given policy's tokens to the discriminator's: `own` leads there from the start policy's."""
-    share = config.model.share_prompts and shares_prompts(model.backbone)
-    if tokenizer is None:
-        return replace(own, share=share)
-    reads = own.chat or ChatFormat.from_tokenizer(start)
-    same = tokenizer.backend_tokenizer.to_str() == reads.tokenizer.backend_tokenizer.to_str()
-    maker = replace(own.maker, chat=ChatFormat.from_tokenizer(tokenizer))
-    return replace(own, maker=maker, chat=None if same else reads, share=share)
 
 
 def _messages(prompts: Sequence[Prompt]) -> tuple[str | None, list[str]]:

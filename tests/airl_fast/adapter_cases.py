@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from airl_fast.batches import Replay
-from airl_fast.cli import PRESETS, main
+from airl_fast.cli import main
+from airl_fast.commands.settings import PRESETS
 from airl_fast.config import Config
 from airl_fast.lab import Lab, load_material, make_lab, make_start_model
 from airl_fast.metrics import Metrics

@@ -12,6 +12,7 @@ import pytest
 from airl_fast.artifacts import REWARD, load_reward
 from airl_fast.cli import main
 from airl_fast.evaluate.command import open_run
+from airl_fast.evaluate.judge import judge_of
 from airl_fast.evaluate.policies import Samples
 from airl_fast.evaluate.reward import evaluate_reward
 from airl_fast.lab import Lab, held_out
@@ -65,7 +66,7 @@ def lab() -> Lab:
 
 def report(lab: Lab, samples: Samples):
     model, bridge = load_reward(small_run() / REWARD, lab.config, lab.maker, lab.start, lab.policy.lm.device)
-    return evaluate_reward(lab, model, bridge, samples)
+    return evaluate_reward(judge_of(lab, model, bridge), samples, lab.material.train)
 
 
 def written(lab: Lab, example: Example, group: int, text: str, finished: bool = True) -> Trace:
@@ -97,9 +98,9 @@ def test_localisation_counts_the_traces_with_an_error_and_chance_follows_their_s
     wrong = [trace for trace, step in zip(samples.traces, truth, strict=True) if step is not None]
     assert found.located == len(wrong) == 2 * len(samples.examples)
     steps = [len(lab.material.task.step_ends(trace.text)) for trace in wrong]
-    assert found.localise["chance"].value == pytest.approx(np.mean([1 / count for count in steps]))
+    assert found.localise["chance"].hit_at_1.value == pytest.approx(np.mean([1 / count for count in steps]))
     for name in ("reward", "logprob"):
-        assert 0 <= found.localise[name].value <= 1
+        assert 0 <= found.localise[name].hit_at_1.value <= 1
     assert found.rerank["random"].value == pytest.approx(samples.correct.mean())
     assert found.rerank["oracle"].value == 1
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from airl_fast.cli import PRESETS, main
+from airl_fast.cli import main
+from airl_fast.commands.settings import PRESETS
 from airl_fast.config import Config
 from airl_fast.models.load import load_language_model
 from airl_fast.overrides import find_preset, load_config

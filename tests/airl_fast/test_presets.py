@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from airl_fast.cli import PRESETS, main
+from airl_fast.cli import main
+from airl_fast.commands.settings import PRESETS
 from airl_fast.config import Config
 from airl_fast.overrides import find_preset, load_config
 from tests.airl_fast.run_cases import DATA

@@ -1,0 +1,103 @@
+"""Name the first wrong step of scored traces, and measure it beside what it has to beat.
+
+Baselines: an exact random guess, the most frequent position, and the log-probability of the policy under the same rule
+with a threshold of its own. Thresholds come from perturbed training demonstrations, never from evaluated labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from airl_fast.config import EvaluateConfig
+from airl_fast.data.task import LocatesErrors, Task
+from airl_fast.evaluate.judge import Judge, Scored
+from airl_fast.evaluate.localise import (
+    Ints,
+    Localisation,
+    Rule,
+    StepScores,
+    calibrate_threshold,
+    chance_hits,
+    position_suspicion,
+    step_of_token,
+    step_scores,
+    summarise_hits,
+    suspicion,
+    trace_hits,
+)
+from airl_fast.traces import TraceMaker
+from airl_fast.types import Example, Trace
+
+SIGNALS = ("reward", "logprob")
+Thresholds = Mapping[str, float]
+
+
+def calibrate(judge: Judge, demonstrations: Sequence[Example]) -> Thresholds:
+    """The threshold of rule first_below for each signal, from perturbed copies of training demonstrations; empty when
+    none of them can be perturbed."""
+    broken = judge.perturbed(demonstrations)
+    if broken is None:
+        return {}
+    truth = changed_steps(judge.maker, broken)
+    rule = judge.config.evaluate.step_score
+    return {name: calibrate_threshold(step_scores(getattr(broken, name), rule), truth) for name in SIGNALS}
+
+
+def suspicious_steps(scored: Scored, settings: EvaluateConfig, thresholds: Thresholds) -> StepScores:
+    """How suspicious the reward finds each step by the run's own rule (`evaluate.localise`), higher is more."""
+    steps = step_scores(scored.reward, settings.step_score)
+    return StepScores(values=suspicion(steps, settings.localise, thresholds.get("reward")), offsets=steps.offsets)
+
+
+def locate(
+    scored: Scored,
+    truth: ArrayLike,
+    settings: EvaluateConfig,
+    thresholds: Thresholds,
+    *,
+    prompts: ArrayLike | None = None,
+) -> dict[str, Localisation]:
+    """Hit@1, Hit@±1 and MRR by name: `reward` and `logprob` by the run's own rule, `reward_RULE` and `logprob_RULE`
+    by the others, `chance`, and `majority_position` (the most that guessing by position can score on these labels).
+
+    truth: int64 [S], the first wrong step, -1 for none. prompts: labels [S] to resample by. Empty when no trace has a
+    wrong step. Rule first_below is left out where nothing could be calibrated.
+    """
+    truth = np.asarray(truth, dtype=np.int64)
+    if not (truth >= 0).any():
+        return {}
+    found: dict[str, Localisation] = {}
+    for name in SIGNALS:
+        steps = step_scores(getattr(scored, name), settings.step_score)
+        for rule in get_args(Rule):
+            if rule == "first_below" and name not in thresholds:
+                continue
+            hits = trace_hits(steps, suspicion(steps, rule, thresholds.get(name)), truth)
+            found[name if rule == settings.localise else f"{name}_{rule}"] = summarise_hits(hits, prompts=prompts)
+    steps = step_scores(scored.reward, settings.step_score)
+    found["chance"] = summarise_hits(chance_hits(steps, truth), prompts=prompts)
+    by_position = trace_hits(steps, position_suspicion(steps, truth), truth)
+    found["majority_position"] = summarise_hits(by_position, prompts=prompts)
+    return found
+
+
+def changed_steps(maker: TraceMaker, scored: Scored) -> Ints:
+    """int64 [S]: the step of each perturbed trace that holds its first perturbed character."""
+    tokens = [maker.token_at(trace, trace.first_changed + 1) for trace in scored.traces]
+    return step_of_token(scored.reward, tokens)
+
+
+def known_errors(task: Task, maker: TraceMaker, scored: Scored, examples: Sequence[Example]) -> Ints | None:
+    """int64 [S]: the first wrong step of each trace, -1 where every step is right; None for a task that cannot tell."""
+    if not isinstance(task, LocatesErrors):
+        return None
+
+    def token(trace: Trace) -> int:
+        step = task.first_wrong_step(examples[trace.group], trace.text)
+        ends = task.step_ends(trace.text)
+        end = ends[step] if step is not None and step < len(ends) else len(trace.text)
+        return -1 if step is None else maker.token_at(trace, end)
+
+    return step_of_token(scored.reward, [token(trace) for trace in scored.traces])
