@@ -42,6 +42,23 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, parse_row(path, number, line)
 
 
+def stream_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """As `read_rows`, but read as it is asked for, so that a file of any size passes through."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8.") from error
+                if text.strip():
+                    yield number, parse_row(path, number, text)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a complete gzip file; download it again or drop the .gz.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from error
+
+
 def parse_row(path: Path, number: int, line: str) -> dict:
     """One line as a JSON object, or UserError."""
     try:

@@ -18,6 +18,11 @@ def format_trace(thoughts: str, answer: str) -> str:
     return f"{THINK_OPEN}\n{thoughts.strip()}\n{THINK_CLOSE}\n{ANSWER_OPEN}{answer.strip()}{ANSWER_CLOSE}"
 
 
+def format_thoughts(thoughts: str) -> str:
+    """`<think>\\n{thoughts}\\n</think>`: a trace that names no answer."""
+    return f"{THINK_OPEN}\n{thoughts.strip()}\n{THINK_CLOSE}"
+
+
 def answer_span(text: str) -> tuple[int, int] | None:
     """Character range of the answer's content, or None when no closed answer block exists.
 
