@@ -25,14 +25,14 @@ _CHANGES: dict[str, dict] = {
     # AIRL with a discriminator that is never trained: what the machinery does without a learned reward.
     "random": {"algorithm": "airl", "discriminator": {"updates_per_step": 0, "warmup_steps": 0}},
 }
-_PARENT = "AIRL_FAST_PARENT"  # tells a baseline's process which process it belongs to
+PARENT = "AIRL_FAST_PARENT"  # tells a baseline's process which process it belongs to
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent() -> None:
     """In a baseline's process on Linux: end when the run that started it ends, even by SIGKILL, so that the run can
     be continued without waiting for a process it does not know. Elsewhere, and in other processes, do nothing."""
-    parent = os.environ.get(_PARENT, "")
+    parent = os.environ.get(PARENT, "")
     if not parent.isdecimal() or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -110,7 +110,7 @@ class Baselines:
         write_atomically(file, text)
         command = [sys.executable, "-m", "airl_fast", "train", str(file), "--run-name", name, "--resume", "auto"]
         with self._log(name).open("ab") as log:
-            environment = os.environ | {_PARENT: str(os.getpid())}
+            environment = os.environ | {PARENT: str(os.getpid())}
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
             self._processes.append(process)
             return process.wait()

@@ -53,9 +53,9 @@ def plot_run(run_dir: Path) -> list[Path]:
     metrics, summary = run_dir / "metrics.jsonl", run_dir / "summary.json"
     written = []
     if metrics.exists():
-        written.append(_save(curves_figure(read_metrics(metrics)), run_dir / "plots.png"))
+        written.append(save_figure(curves_figure(read_metrics(metrics)), run_dir / "plots.png"))
     if summary.exists():
-        written.append(_save(summary_figure(read_summary(summary)), run_dir / "summary.png"))
+        written.append(save_figure(summary_figure(read_summary(summary)), run_dir / "summary.png"))
     if not written:
         raise UserError(f"{run_dir} holds neither metrics.jsonl nor summary.json; give the directory of a run.")
     return written
@@ -95,7 +95,7 @@ def curves_figure(series: Mapping[str, Series]) -> Figure:
         raise UserError(f"the metrics hold none of the curves to draw: {', '.join(CURVES)}.")
     columns = min(3, panels)
     rows = -(-panels // columns)
-    figure = _figure(4.2 * columns, 2.9 * rows)
+    figure = figure_of(4.2 * columns, 2.9 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     axes = list(grid.flat)
     for axis, (key, logged) in zip(axes, curves.items(), strict=False):
@@ -109,7 +109,7 @@ def curves_figure(series: Mapping[str, Series]) -> Figure:
 
 def summary_figure(summary: Summary) -> Figure:
     """Bars with 95% intervals: policies, rerankers (dashed: random), localisers (dashed: chance)."""
-    figure = _figure(13.0, 4.2)
+    figure = figure_of(13.0, 4.2)
     policies, picks, steps = figure.subplots(1, 3)
     _draw_bars(policies, "pass@1 by policy", summary.pass_at_1, POLICIES, chance="start", chance_label="start")
     title = "pass@1 of one pick" + (f" of {summary.rerank_n}" if summary.rerank_n else "")
@@ -210,13 +210,13 @@ def _smoothed(values: list[float]) -> list[float]:
     return list(np.convolve(values, window)[half : half + len(values)] / count)
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_size(10)
