@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from airl_fast.ablate.grid import Job, Variant
@@ -88,7 +89,7 @@ def render(outcome: Outcome) -> str:
             cells.append(_spread([v for v in row.values[measure] if v is not None]))
             if measure == "pass_at_1":
                 cells.append(ABSENT if row is base else _spread(row.differences(base, measure), signed=True))
-        table.add_row(row.name, *cells)
+        table.add_row(escape(row.name), *cells)
     table.add_section()
     floors = [ABSENT if outcome.floor[m] is None else f"{100 * outcome.floor[m]:.1f}" for m in MEASURES]
     table.add_row("without a reward", floors[0], "", *floors[1:])
@@ -100,7 +101,7 @@ def render(outcome: Outcome) -> str:
     )
     for row in outcome.rows:
         if row.failed:
-            console.print(f" {row.name}: no result for seed {', '.join(map(str, row.failed))}.")
+            console.print(f" {row.name}: no result for seed {', '.join(map(str, row.failed))}.", markup=False)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
