@@ -110,6 +110,6 @@ def test_a_model_patched_by_verl_gives_the_same_log_probabilities_through_ours()
 
 
 def test_an_unsupported_version_is_refused(monkeypatch):
-    monkeypatch.setattr(ours, "SUPPORTED", ("0.1",))
+    monkeypatch.setattr(ours._PATCH, "supported", ("0.1",))
     with pytest.raises(RuntimeError, match="verl 0.9.1 is not supported, only 0.1"):
         ours.patch()

@@ -1,9 +1,10 @@
 """Replacing functions of somebody else's package, in every module that already imported them, and back again."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -62,3 +63,39 @@ class Swap:
         while self._undo:
             put, holder, name, theirs = self._undo.pop()
             put(holder, name, theirs)
+
+
+class Patch:
+    """Swaps of one package that are in place or not. install: makes them, given the Swap to record them in."""
+
+    def __init__(self, package: str, supported: tuple[str, ...], install: Callable[[Swap], None]) -> None:
+        self._package, self.supported, self._install = package, supported, install
+        self._active: Swap | None = None
+
+    def apply(self) -> None:
+        """Raises RuntimeError when the package is absent, of another version than `supported`, or patched already."""
+        if self._active is not None:
+            raise RuntimeError(f"{self._package} is patched already; call unpatch() first.")
+        require_version(self._package, self.supported)
+        swap = Swap(self._package)
+        try:
+            self._install(swap)
+        except BaseException:  # a seam that is missing: leave the package as it was
+            swap.undo()
+            raise
+        self._active = swap
+
+    def undo(self) -> None:
+        """Raises RuntimeError when nothing is patched."""
+        if self._active is None:
+            raise RuntimeError(f"{self._package} is not patched.")
+        self._active.undo()
+        self._active = None
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        self.apply()
+        try:
+            yield
+        finally:
+            self.undo()

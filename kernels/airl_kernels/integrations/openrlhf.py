@@ -5,19 +5,17 @@ differ from OpenRLHF's own is listed in docs/integrations/openrlhf.md.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..policy_loss import ppo_loss
 from ..selective import selective_log_softmax
-from ._swap import Swap, require_version
+from ._swap import Patch, Swap
 
 SUPPORTED = ("0.11",)
 PROBABILITY_FLOOR = 1e-6  # OpenRLHF holds probabilities within 1e-6 and 1 - 1e-6 before a binary KL
-
-_active: Swap | None = None
 
 
 def patch() -> None:
@@ -26,33 +24,25 @@ def patch() -> None:
     To be called in every process that trains; docs/examples/openrlhf.md shows how.
     Raises RuntimeError when OpenRLHF is absent, of another version than `SUPPORTED`, or patched already.
     """
-    global _active
-    if _active is not None:
-        raise RuntimeError("openrlhf is patched already; call unpatch() first.")
-    require_version("openrlhf", SUPPORTED)
-    swap = Swap("openrlhf")
+    _PATCH.apply()
+
+
+def _install(swap: Swap) -> None:
     swap.replace("openrlhf.models.utils", "log_probs_from_logits", log_probs_from_logits)
     swap.replace("openrlhf.models.loss", "PolicyLoss", PolicyLoss)
-    _active = swap
+
+
+_PATCH = Patch("openrlhf", SUPPORTED, _install)
 
 
 def unpatch() -> None:
     """Undo `patch()`. Raises RuntimeError when nothing is patched."""
-    global _active
-    if _active is None:
-        raise RuntimeError("openrlhf is not patched.")
-    _active.undo()
-    _active = None
+    _PATCH.undo()
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched() -> contextlib.AbstractContextManager[None]:
     """`patch()` for the length of a with block."""
-    patch()
-    try:
-        yield
-    finally:
-        unpatch()
+    return _PATCH.applied()
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:

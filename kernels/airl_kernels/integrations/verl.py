@@ -5,7 +5,6 @@ differ from verl's own is listed in docs/integrations/verl.md.
 """
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from ..logprob import linear_logprob
 from ..returns import gae, group_advantages
-from ._swap import Swap, require_version
+from ._swap import Patch, Swap
 
 SUPPORTED = ("0.9",)
 WHITEN_EPS = 1e-8  # verl.utils.torch_functional: in masked_mean's denominator and under masked_whiten's root
-
-_active: Swap | None = None
 
 
 def patch() -> None:
@@ -28,38 +25,30 @@ def patch() -> None:
     probabilities take this way where verl is told to fuse (actor_rollout_ref.model.use_fused_kernels=True).
     Raises RuntimeError when verl is absent, of another version than `SUPPORTED`, or patched already.
     """
-    global _active
-    if _active is not None:
-        raise RuntimeError("verl is patched already; call unpatch() first.")
-    require_version("verl", SUPPORTED)
+    _PATCH.apply()
+
+
+def _install(swap: Swap) -> None:
     from verl.trainer.ppo import core_algos
 
-    swap = Swap("verl")
     swap.replace("verl.utils.experimental.torch_functional", "FusedLinearForPPO", FusedLinearForPPO)
     swap.replace("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", linear_cross_entropy)
     for estimator, ours in (("gae", compute_gae_advantage_return), ("grpo", compute_grpo_outcome_advantage)):
         swap.replace("verl.trainer.ppo.core_algos", ours.__name__, ours)
         swap.replace_item(core_algos.ADV_ESTIMATOR_REGISTRY, estimator, ours)
-    _active = swap
+
+
+_PATCH = Patch("verl", SUPPORTED, _install)
 
 
 def unpatch() -> None:
     """Undo `patch()`. Raises RuntimeError when nothing is patched."""
-    global _active
-    if _active is None:
-        raise RuntimeError("verl is not patched.")
-    _active.undo()
-    _active = None
+    _PATCH.undo()
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched() -> contextlib.AbstractContextManager[None]:
     """`patch()` for the length of a with block."""
-    patch()
-    try:
-        yield
-    finally:
-        unpatch()
+    return _PATCH.applied()
 
 
 # ---- log-probabilities and entropy -----------------------------------------------------------------------------
