@@ -4,13 +4,17 @@ It keeps the log-probability of every sampled token under exactly the distributi
 temperature and top-p), which PPO needs as log π_old.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from airl_fast.models.load import LanguageModel
 from airl_fast.rollout.engine import Sample, SamplingParams
 from airl_fast.rollout.prefill import read_prompts
+
+# (rows still decoded, logits f32 [R, V] of their next tokens) -> ids int64 [R], log-probabilities f32 [R].
+Draw = Callable[[Sequence[int], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Stop = Callable[[int, int], bool]
 
 
 class Builtin:
@@ -44,16 +48,32 @@ def sample(
     # Equal lengths together: less padding, and the order given is restored afterwards.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     samples: list[Sample | None] = [None] * len(rows)
+
+    def draw(alive: Sequence[int], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return choose(logits, params.temperature, params.top_p, generator)
+
     for begin in range(0, len(order), params.batch_size):
         chosen = order[begin : begin + params.batch_size]
-        for i, drawn in zip(chosen, _decode(lm, [rows[i] for i in chosen], params, generator), strict=True):
+        limits = [params.max_new_tokens] * len(chosen)
+        decoded = decode(lm, [rows[i] for i in chosen], limits, params.end_token, draw)
+        for i, drawn in zip(chosen, decoded, strict=True):
             samples[i] = drawn
     return [samples[i : i + per_prompt] for i in range(0, len(samples), per_prompt)]
 
 
-def _decode(
-    lm: LanguageModel, prompts: list[list[int]], params: SamplingParams, generator: torch.Generator
+def decode(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    end_token: int,
+    draw: Draw,
+    stop: Stop | None = None,
 ) -> list[Sample]:
+    """One sample of each prompt, all of them in one batch. limits: the most tokens of each, at least one.
+
+    A row leaves the batch when it draws `end_token`, has its limit, or `stop(row, token)` says so of the token it
+    has just drawn. draw: see `Draw`.
+    """
     distinct = list(dict.fromkeys(map(tuple, prompts)))  # read once each; their samples part at the first draw
     place = {prompt: i for i, prompt in enumerate(distinct)}
     source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=lm.device)
@@ -61,31 +81,30 @@ def _decode(
     cache, mask = read.cache, read.mask[source]
     cache.batch_select_indices(source)
     logits, positions, padded = read.logits[source], mask.sum(1, keepdim=True) - 1, len({*map(len, distinct)}) > 1
-    alive = torch.arange(len(prompts), device=lm.device)  # rows still being decoded; finished ones leave the cache
+    alive = list(range(len(prompts)))  # rows still being decoded; the others leave the cache
     drawn: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    for step in range(params.max_new_tokens):
+    while True:
         logits = logits.float()
         logits[:, lm.num_tokens :] = float("-inf")  # padding of the vocabulary
-        chosen, chosen_logprobs = choose(logits, params.temperature, params.top_p, generator)
-        ended = chosen == params.end_token
-        for row, token, logprob, end in zip(
-            alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), ended.tolist(), strict=True
-        ):
+        chosen, chosen_logprobs = draw(alive, logits)
+        staying = []
+        for i, (row, token, logprob) in enumerate(zip(alive, chosen.tolist(), chosen_logprobs.tolist(), strict=True)):
             drawn[row].append(token)
             logprobs[row].append(logprob)
-            finished[row] = end
-        if step + 1 == params.max_new_tokens:
+            finished[row] = token == end_token
+            if not finished[row] and len(drawn[row]) < limits[row] and not (stop and stop(row, token)):
+                staying.append(i)
+        if not staying:
             break
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if bool(ended.any()):
-            keep = (~ended).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
+        if len(staying) < len(alive):
+            keep = torch.tensor(staying, device=lm.device)
             cache.batch_select_indices(keep)
-            tokens, positions, mask, alive = tokens[keep], positions[keep], mask[keep], alive[keep]
+            tokens, positions, mask = tokens[keep], positions[keep], mask[keep]
+            alive = [alive[i] for i in staying]
         logits = lm.model(
             input_ids=tokens,
             attention_mask=mask if padded else None,
@@ -102,7 +121,18 @@ def _decode(
 def choose(
     logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row from f32 logits [R, V]; returns ids int64 [R] and their log-probabilities f32 [R].
+    """As `pick`, with one uniform number a row from the generator: torch.multinomial draws one for every token."""
+    uniform = None
+    if temperature != 0:
+        uniform = torch.rand(len(logits), 1, device=logits.device, generator=generator)
+    return pick(logits, temperature, top_p, uniform)
+
+
+def pick(
+    logits: torch.Tensor, temperature: float, top_p: float, uniform: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row from f32 logits [R, V], looked up in the distribution function at `uniform`, f32 [R, 1] in
+    0..1; returns ids int64 [R] and their log-probabilities f32 [R]. Temperature 0 is greedy and needs no `uniform`.
 
     Nucleus sampling (Holtzman et al. 2020): the fewest tokens whose probability reaches top_p, renormalised.
     """
@@ -116,9 +146,7 @@ def choose(
         outside = probabilities.cumsum(-1) - probabilities >= top_p  # mass before this token already suffices
         logits = logits.scatter(-1, index, ordered.masked_fill(outside, float("-inf")))
     logprobs = logits.log_softmax(-1)
-    # One uniform number a row, looked up in the distribution function: torch.multinomial draws one for every token.
     # The factor keeps rounding from reaching the total, past which no token lies.
     below = logprobs.exp().cumsum(-1)
-    uniform = torch.rand(len(logits), 1, device=logits.device, generator=generator) * (1 - 2**-22)
-    ids = torch.searchsorted(below, uniform * below[:, -1:], right=True)
+    ids = torch.searchsorted(below, uniform * (1 - 2**-22) * below[:, -1:], right=True)
     return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
