@@ -8,6 +8,7 @@ from airl_fast.artifacts import POLICY, REWARD, load_policy, load_reward
 from airl_fast.evaluate.judge import judge_of
 from airl_fast.evaluate.passk import Estimate, pass_at_k, pass_at_ks
 from airl_fast.evaluate.policies import Samples, sample_policy
+from airl_fast.evaluate.record import record_evaluation, record_path
 from airl_fast.evaluate.reward import RewardReport, evaluate_reward
 from airl_fast.evaluate.summary import LOCALISERS, RERANKERS, Summary
 from airl_fast.lab import Lab, held_out
@@ -34,7 +35,7 @@ def sample_policies(lab: Lab, run: Path, split: str, say: Say) -> dict[str, Samp
     for name, directory in found.items():
         if directory.is_dir():
             say(f"evaluate {name}")
-            lm = load_policy(directory, config.model, lab.policy.lm.device)
+            lm = load_policy(directory, config.model, lab.start.device)
             measured[name] = sample_policy(lab, lm, examples, settings.samples, f"final-{name}")
     return measured
 
@@ -43,13 +44,16 @@ def summarise(
     lab: Lab, run: Path, measured: Mapping[str, Samples], split: str, seconds: Callable[[], float], say: Say
 ) -> Summary:
     """The run's Summary. The start policy's samples also test the reward, which has seen neither those prompts nor,
-    when it scores, whether the samples are right."""
-    report = None
+    when it scores, whether the samples are right. What there is to look at goes to `record_path`."""
+    judge = report = None
     if (run / REWARD).is_dir():
         say("evaluate the reward on the start policy's samples")
-        model, bridge = load_reward(run / REWARD, lab.config, lab.maker, lab.start, lab.policy.lm.device)
+        model, bridge = load_reward(run / REWARD, lab.config, lab.maker, lab.start, lab.start.device)
         judge = judge_of(lab, model, bridge)
         report = evaluate_reward(judge, measured["start"], lab.material.train)
+    chat = lab.maker.chat
+    end_token = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
+    record_evaluation(record_path(run, split), split, measured, end_token, judge, report)
     return _summary(lab, measured, report, split, seconds())
 
 
