@@ -1,0 +1,44 @@
+"""The service of the small run, in process, with whatever limits a test wants."""
+
+import functools
+from dataclasses import replace
+
+from fastapi import FastAPI
+
+from airl_fast.evaluate.judge import Judge, open_judge
+from airl_fast.evaluate.locate import Thresholds
+from airl_fast.serve.app import Settings, make_app
+from airl_fast.serve.guard import Limits
+from airl_fast.serve.server import calibrated
+from airl_fast.types import Example
+from tests.airl_fast.run_cases import small_run
+
+LIMITS = Limits(body=2**20, traces=32, concurrency=16, timeout=30.0)
+SETTINGS = Settings(limits=LIMITS, token=None, batch_tokens=16384, batch_wait=0.0)
+
+
+@functools.cache
+def judge() -> Judge:
+    return open_judge(small_run())
+
+
+@functools.cache
+def thresholds() -> Thresholds:
+    return calibrated(judge())
+
+
+def app_with(*, batch_wait: float = 0.0, token: str | None = None, **limits: float) -> FastAPI:
+    settings = replace(SETTINGS, batch_wait=batch_wait, token=token, limits=replace(LIMITS, **limits))
+    return make_app(judge(), thresholds(), "small", settings)
+
+
+@functools.cache
+def demonstrations() -> tuple[Example, ...]:
+    return tuple(judge().task.load("test", 8))
+
+
+def rows(count: int, start: int = 0) -> list[dict]:
+    return [
+        {"id": each.id, "prompt": each.prompt, "completion": each.expert}
+        for each in demonstrations()[start : start + count]
+    ]
