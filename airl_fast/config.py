@@ -210,7 +210,7 @@ class GrpoConfig(Section):
 
 
 class Config(Section):
-    algorithm: Literal["airl", "sft", "grpo"] = "airl"
+    algorithm: Literal["airl", "sft", "grpo", "reward"] = "airl"  # reward: the discriminator alone, without a policy
     seed: Count = 0
     steps: Positive = 500
     device: str = "auto"
@@ -234,6 +234,14 @@ class Config(Section):
     tensorboard: bool = True
     wandb: bool = False
 
+    @property
+    def learns_reward(self) -> bool:
+        return self.algorithm in ("airl", "reward")
+
+    @property
+    def trains_policy(self) -> bool:
+        return self.algorithm != "reward"
+
     @model_validator(mode="after")
     def _adapters_fit_together(self):
         discriminator, lora = self.discriminator, self.model.lora
@@ -242,7 +250,7 @@ class Config(Section):
                 f"model.lora.dropout={lora.dropout} would make the ratio of the policy to its sampler noise, which "
                 "PPO's clip takes for change; set it to 0 (discriminator.lora.dropout and algorithm=sft may use it)"
             )
-        if discriminator.path == "policy" and self.algorithm == "airl":
+        if discriminator.path == "policy" and self.learns_reward:
             if discriminator.lora is not None and discriminator.quantise != self.model.quantise:
                 raise ValueError(
                     "discriminator.path=policy shares the policy's frozen weights as they are; set "
@@ -268,4 +276,40 @@ class Config(Section):
                 "algorithm=grpo has zero usable groups because every weight of the section grpo is 0; "
                 "set one, such as grpo.correct=1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reward_alone_has_what_it_learns_from(self):
+        """Without a policy the only negatives are perturbed demonstrations; what reads samples would do nothing."""
+        if self.algorithm != "reward":
+            return self
+        discriminator, cannot = self.discriminator, "algorithm=reward"
+        if discriminator.perturbed_per_expert == 0:
+            raise ValueError(
+                f"{cannot} learns from demonstrations and their perturbed copies, but "
+                "discriminator.perturbed_per_expert=0 makes none; set it to 1 or more"
+            )
+        if discriminator.updates_per_step == 0:
+            raise ValueError(
+                f"{cannot} trains nothing with discriminator.updates_per_step=0; set it to 1 or more, or use "
+                "algorithm=airl for the control with an untrained reward"
+            )
+        if self.evaluate.baselines:
+            named = ",".join(self.evaluate.baselines)
+            raise ValueError(
+                f"{cannot} trains no policy, so evaluate.baselines=[{named}] compares nothing; set it to []"
+            )
+        for setting, is_set in (
+            ("perturbed_per_prompt", discriminator.perturbed_per_prompt > 0),
+            ("replay_size", discriminator.replay_size > 0),
+            ("warmup_steps", discriminator.warmup_steps > 0),
+            ("positives", discriminator.positives != "expert"),
+            ("overlap", discriminator.overlap),
+        ):
+            if is_set:
+                value = getattr(discriminator, setting)
+                raise ValueError(
+                    f"{cannot} samples no policy, and discriminator.{setting}={value} is about its samples; "
+                    "leave it out, or use algorithm=airl"
+                )
         return self

@@ -50,13 +50,13 @@ class Reward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lab:
-    """start: the frozen start policy. engine: the sampler of the policy, the built-in one unless a run replaces it.
-    reward: None unless the algorithm is AIRL."""
+    """start: the frozen start policy. policy: the one that is trained, None when only a reward is. engine: the sampler
+    of the policy, the built-in one unless a run replaces it. reward: None where none is learned."""
 
     config: Config
     material: Material
     maker: TraceMaker
-    policy: Policy
+    policy: Policy | None
     start: LanguageModel
     engine: Engine
     reward: Reward | None
@@ -145,40 +145,23 @@ def make_maker(config: Config, task: Task, lm: LanguageModel) -> TraceMaker:
 
 
 def make_lab(config: Config, material: Material, start: LanguageModel, device: torch.device, say: Say = _silent) -> Lab:
-    """Assemble a run around a start policy, which stays as it is: the trained policy is a copy of it, or adapters
-    over the same weights.
+    """Assemble a run around a start policy, which stays as it is: the trained policy, where there is one, is a copy
+    of it, or adapters over the same weights.
 
     Prompts too long for a model are refused or left out here, where the tokenizers are known.
     """
     verify_packing(start)
     maker = make_maker(config, material.task, start)
-    settings = config.model
-    model = trainable(
-        start.model,
-        settings.lora,
-        base=start.model.name_or_path,
-        seed=config.seed,
-        checkpointing=settings.gradient_checkpointing,
-    )
-    policy_lm = replace(start, model=model)
+    policy = make_policy(config, start) if config.trains_policy else None
     start.model.requires_grad_(False)
-    reference = start if config.policy.kl_coef > 0 else None
-    updates = config.steps * config.policy.epochs
-    policy = Policy(
-        lm=policy_lm,
-        optimiser=make_optimiser([(policy_lm.model.parameters(), 1.0)], config.policy.optim, updates),
-        config=config.policy,
-        temperature=config.rollout.temperature,
-        reference=reference,
-    )
-    reward = make_reward(config, maker, start, device) if config.algorithm == "airl" else None
+    reward = make_reward(config, maker, start, device) if config.learns_reward else None
     lab = Lab(
         config=config,
         material=material,
         maker=maker,
         policy=policy,
         start=start,
-        engine=Builtin(policy_lm),
+        engine=Builtin(start if policy is None else policy.lm),
         reward=reward,
         prepare=Beside(device, "prepare"),
     )
@@ -188,6 +171,25 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         dev=tuple(fit_context(lab, material.dev, "dev", say)),
     )
     return replace(lab, material=fitting)
+
+
+def make_policy(config: Config, start: LanguageModel) -> Policy:
+    settings = config.model
+    model = trainable(
+        start.model,
+        settings.lora,
+        base=start.model.name_or_path,
+        seed=config.seed,
+        checkpointing=settings.gradient_checkpointing,
+    )
+    updates = config.steps * config.policy.epochs
+    return Policy(
+        lm=replace(start, model=model),
+        optimiser=make_optimiser([(model.parameters(), 1.0)], config.policy.optim, updates),
+        config=config.policy,
+        temperature=config.rollout.temperature,
+        reference=start if config.policy.kl_coef > 0 else None,
+    )
 
 
 def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device: torch.device) -> Reward:

@@ -37,6 +37,8 @@ def check(
     if config.rollout.engine == "vllm":
         vllm.require(config, start)
     lab = make_lab(config, material, start, device, say)
+    if not config.trains_policy:
+        _refuse_unbreakable(lab)
     if config.evaluate.final:
         held_out(lab, "test", say)
     if config.warm_start.updates and not any(e.expert for e in material.task.load("warmstart", 1000)):
@@ -63,8 +65,8 @@ def dry_run(config: Config) -> str:
         f"task            {material.task.name}: {len(material.train)} demonstrated prompts, {len(material.dev)} dev",
         f"prompt          {_range(prompt_lengths)} tokens",
         f"demonstration   {_range(expert_lengths)} tokens",
-        f"policy          {_describe(lab.policy.lm.model)}, context {lab.policy.lm.max_length}",
-        f"  trained       {trained['policy']}",
+        f"policy          {_describe(lab.start.model)}, context {lab.start.max_length}",
+        f"  trained       {trained.get('policy', 'not at all: it is the baseline of the reward')}",
         *_reward_lines(lab),
         f"samples a step  {per_step} of at most {config.rollout.max_new_tokens} tokens",
         *notes,
@@ -87,6 +89,18 @@ def make_model(config: Config, directory: Path) -> str:
     return f"{_describe(lm.model)} and a tokenizer of {len(lm.tokenizer)} tokens written to {directory}"
 
 
+def _refuse_unbreakable(lab: Lab) -> None:
+    """A reward that is trained alone learns from perturbed demonstrations, so there must be one."""
+    propagate = lab.config.discriminator.propagate
+    for example in lab.material.train:
+        if lab.maker.perturbed(example, lab.maker.expert(example, 0), 0, lab.rng(0, "unbreakable"), propagate):
+            return
+    raise UserError(
+        f"algorithm=reward: none of the {len(lab.material.train)} demonstrations holds a number, an operator or an "
+        "answer to perturb, so there is nothing to learn from; use algorithm=airl or other data (data.path)."
+    )
+
+
 def _reward_lines(lab: Lab) -> list[str]:
     if lab.reward is None:
         return []
@@ -104,7 +118,7 @@ def _describe(model) -> str:
 
 def what_is_trained(lab: Lab) -> dict[str, str]:
     """By model: what of it is trained, and by what."""
-    parts = {"policy": (lab.policy.lm.model, lab.policy.optimiser)}
+    parts = {} if lab.policy is None else {"policy": (lab.policy.lm.model, lab.policy.optimiser)}
     if lab.reward is not None:
         parts["discriminator"] = (lab.reward.model.backbone, lab.reward.optimiser)
     return {name: _trained(model, optimiser) for name, (model, optimiser) in parts.items()}

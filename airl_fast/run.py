@@ -21,6 +21,7 @@ from airl_fast.errors import UserError
 from airl_fast.evaluate.final import final_summary
 from airl_fast.evaluate.plots import plot_run
 from airl_fast.evaluate.summary import Summary, write_summary
+from airl_fast.evaluate.watch import watch_reward
 from airl_fast.lab import Lab, load_material, make_lab, make_start_model
 from airl_fast.metrics import Metrics
 from airl_fast.models.attention import why_not_shared
@@ -42,6 +43,7 @@ CHANGEABLE = ("checkpoint_every", "keep_checkpoints", "save_rollouts_every", "te
 SHOWN = {
     "discriminator/reward_gap": "reward gap",
     "discriminator/accuracy": "D accuracy",
+    "discriminator/perturbed_accuracy": "perturbed",
     "rollout/sample_pass_at_1": "pass@1",
     "policy/entropy": "entropy",
     "policy/mismatch_kl": "mismatch KL",
@@ -49,6 +51,7 @@ SHOWN = {
     "rollout/truncated": "truncated",
     "policy/loss": "loss",
     "dev/pass_at_1": "dev pass@1",
+    "dev/hit_at_1": "dev Hit@1",
     "tokens_per_s": "tokens/s",
     "seconds/step": "seconds",
     "eta_s": "eta_s",
@@ -107,11 +110,11 @@ def train_run(
 
 def _say_attention(lab: Lab, say: Callable[[str], None]) -> None:
     """Which kernel attends over the packed rows of each model, and whether its prompts are shared."""
-    models = {"policy": lab.policy.lm.model}
+    models = {"start policy": lab.start.model} if lab.policy is None else {"policy": lab.policy.lm.model}
     if lab.reward is not None:
         models["discriminator"] = lab.reward.model.backbone
     for name, model in models.items():
-        kernel, reason = attention_kernel(model.base_model, lab.policy.lm.device), why_not_shared(model)
+        kernel, reason = attention_kernel(model.base_model, lab.start.device), why_not_shared(model)
         if kernel is None:
             say(f"{name}: {reason}, so prompts are not shared; its own attention gets a mask of all packed rows")
         elif lab.config.model.share_prompts:
@@ -143,7 +146,8 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
     if run.resume_from is not None:
         load_state(run.resume_from, lab, replay)
         progress.message(f"continue after step {run.start_step}")
-    synchronise(lab, f"step {run.start_step}")
+    if lab.policy is not None:
+        synchronise(lab, f"step {run.start_step}")
     if run.resume_from is None and lab.reward is not None and config.discriminator.warmup_steps:
         progress.phase("warm-up")
         warm_up_discriminator(lab, _report_warmup(progress, guard))
@@ -156,7 +160,7 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
         wandb=config.wandb,
         run_name=run.path.name,
         config=plain(config),
-        device=lab.policy.lm.device,
+        device=lab.start.device,
     )
     bad_steps = 0
 
@@ -164,6 +168,8 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
         if not config.evaluate.every or step % config.evaluate.every or not lab.material.dev:
             return {}
         progress.phase("dev")
+        if lab.policy is None:
+            return {"dev": watch_reward(lab)}
         traces = sample_traces(lab, lab.material.dev, 4, step, "dev")
         return {"dev": {"pass_at_1": rollout_stats(traces).sample_pass_at_1}}
 
@@ -177,7 +183,10 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
             progress.message(f"step {step}: a gradient is not finite; its update was skipped, its samples are kept")
         if bad_steps > config.max_bad_steps:
             raise UserError(f"{bad_steps} steps in a row had gradients that are not finite; lower the learning rates.")
-        progress.step(step, {shown: values[key] for key, shown in SHOWN.items() if key in values})
+        shown = {name: values[key] for key, name in SHOWN.items() if key in values}
+        if lab.policy is None:
+            shown.pop("reward gap", None)  # it compares with a policy's samples
+        progress.step(step, shown)
         last = step == config.steps
         if guard.stop or last or (config.checkpoint_every and step % config.checkpoint_every == 0):
             meter.flush()
@@ -188,7 +197,8 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
         step = fit(lab, run.start_step + 1, _Phases(meter, progress), replay, watch, done)
     if step < config.steps:
         _stop_if_asked(guard, f"saved after step {step}; continue with --resume auto")
-    save_policy(lab.policy.lm, run.path / POLICY)
+    if lab.policy is not None:
+        save_policy(lab.policy.lm, run.path / POLICY)
     if lab.reward is not None:
         tokenizer = lab.reward.bridge.chat or lab.maker.chat
         save_reward(lab.reward.model, tokenizer.tokenizer, run.path / REWARD)

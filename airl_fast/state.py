@@ -19,11 +19,12 @@ def save_state(directory: Path, step: int, lab: Lab, replay: Replay) -> Path:
     if lab.reward is not None:
         lab.reward.learning.wait()
     parts = {
-        "policy": trained_state(lab.policy.lm.model),
-        "policy_optimiser": lab.policy.optimiser.state_dict(),
         "replay": [[asdict(example), asdict(trace) | {"kind": int(trace.kind)}] for example, trace in replay.kept],
         "generators": checkpoint.rng_state(),
     }
+    if lab.policy is not None:
+        parts["policy"] = trained_state(lab.policy.lm.model)
+        parts["policy_optimiser"] = lab.policy.optimiser.state_dict()
     if lab.reward is not None:
         parts["discriminator"] = trained_state(lab.reward.model)
         parts["discriminator_optimiser"] = lab.reward.optimiser.state_dict()
@@ -32,8 +33,9 @@ def save_state(directory: Path, step: int, lab: Lab, replay: Replay) -> Path:
 
 def load_state(path: Path, lab: Lab, replay: Replay) -> None:
     """Put a checkpoint's state into a lab built from the same configuration."""
-    _load_trained(lab.policy.lm.model, path, "policy")
-    lab.policy.optimiser.load_state_dict(checkpoint.load(path, "policy_optimiser"))
+    if lab.policy is not None:
+        _load_trained(lab.policy.lm.model, path, "policy")
+        lab.policy.optimiser.load_state_dict(checkpoint.load(path, "policy_optimiser"))
     if lab.reward is not None:
         _load_trained(lab.reward.model, path, "discriminator")
         lab.reward.optimiser.load_state_dict(checkpoint.load(path, "discriminator_optimiser"))

@@ -1,4 +1,5 @@
-"""The training loop, which reads like Algorithm 1 of Fanconi et al. (arXiv 2510.01857), and its two baselines.
+"""The training loop, which reads like Algorithm 1 of Fanconi et al. (arXiv 2510.01857), its two baselines, and the
+reward alone.
 
 One step of each algorithm is one function here; everything it calls is a stage of its own. What comes before the
 first step is in warmup.py, what comes after the last in evaluate/final.py.
@@ -106,10 +107,24 @@ def sft_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:
     return StepResult(records={"policy": stats}, traces=[], tokens=batch.num_loss_tokens)
 
 
+def reward_step(lab: Lab, step: int, meter: Metrics, replay: Replay) -> StepResult:
+    """The discriminator alone: demonstrations against perturbed copies of them. No policy is sampled or updated."""
+    prompts = lab.prompts(step)
+    with meter.phase("perturb"):
+        experts = expert_traces(lab, prompts)
+        perturbed = perturbed_traces(lab, prompts, experts, Kind.EXPERT, step)
+    with meter.phase("pack"):
+        judged = lab.reward.bridge.pack(experts + perturbed, prompts)
+    with meter.phase("discriminator"):
+        stats = learn(lab.reward, judged, lab.config)
+    return StepResult(records={"discriminator": stats}, traces=[], tokens=judged.num_loss_tokens)
+
+
 STEPS: dict[str, Callable[[Lab, int, Metrics, Replay], StepResult]] = {
     "airl": airl_step,
     "grpo": grpo_step,
     "sft": sft_step,
+    "reward": reward_step,
 }
 
 

@@ -180,7 +180,7 @@ def locate_reward(given: Path, run: Path | None = None) -> tuple[Path, Path]:
             "give a run's directory, or name the reward model's with run_directory."
         )
     if not directory.is_dir():
-        raise UserError(f"{root} has no {REWARD}; give a finished run whose algorithm is airl.")
+        raise UserError(f"{root} has no {REWARD}; give a finished run whose algorithm is airl or reward.")
     return root, directory
 
 
