@@ -22,7 +22,7 @@ LAYERS: dict[str, set[str]] = {
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
     "assembly": {
         *("traces", "bridge", "batches", "lab", "warmup", "artifacts", "state", "baselines"),
-        *("engines", "evaluate", "preflight", "export"),
+        *("engines", "evaluate", "preflight", "export", "guided"),
     },
     "loop": {"train"},
     "commands": {"run", "serve", "benchmark", "ablate", "commands", "cli", "__main__", "integrations"},

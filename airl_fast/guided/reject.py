@@ -25,17 +25,20 @@ _SCORERS: dict[Running, Scorer] = {"min": "min_step", "mean": "mean"}
 class Reject:
     """n: samples begun. floor: a sample is stopped when its running score falls below this; -inf stops none.
 
-    running: the lowest step so far, or the mean of all tokens so far. When every sample of a prompt was stopped, the
+    running: the lowest step so far, or the mean of all tokens so far. keep: the share of demonstrations that the floor
+    was made to let pass, for the label alone. When every sample of a prompt was stopped, the
     one that stood best when it was stopped is written to its end.
     """
 
     n: int
     floor: float
     running: Running = "min"
+    keep: float | None = None
 
     @property
     def label(self) -> str:
-        return f"reject n={self.n}"
+        keep = "" if self.keep is None else f" keep={self.keep:g}"
+        return f"reject n={self.n}{keep}{' mean' if self.running == 'mean' else ''}"
 
     def solve(self, session: Session) -> Sequence[Outcome]:
         problems = range(len(session.problems))

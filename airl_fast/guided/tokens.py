@@ -44,7 +44,7 @@ class Reweigh:
 
     @property
     def label(self) -> str:
-        return f"tokens β={self.beta:g} n={self.n}"
+        return f"tokens n={self.n} β={self.beta:g}" + ("" if self.top_k == 20 else f" k={self.top_k}")
 
     def solve(self, session: Session) -> Sequence[Outcome]:
         check_guidable(session)
