@@ -62,7 +62,7 @@ def handle_errors(app: FastAPI) -> None:
         return http_error(error, request).response()
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        log.error("%s %r failed", request.method, request.url.path, exc_info=error)
         message = "the service failed on this request; its log says why."
         return ServiceError(500, "internal", message).response()
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from airl_fast.cli import main
+from airl_fast.errors import UserError
 from airl_fast.serve.server import bind, is_loopback, read_token
 from tests.airl_fast.run_cases import small_run
 from tests.airl_fast.serve.service_cases import rows
@@ -154,14 +155,24 @@ def test_mistakes_on_the_command_line(capsys, tmp_path, words, sentence):
     assert sentence in refused(capsys, str(tmp_path), *words)
 
 
+def test_an_address_that_others_reach_is_warned_of(capsys, tmp_path):
+    assert main(["serve", str(tmp_path), "--host", "0.0.0.0", "--port", "0"]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("airl-fast: 0.0.0.0 can be reached from other machines and nothing is encrypted")
+    assert "--token-file" in warning
+    assert "belongs to no finished run" in error
+    (tmp_path / "token").write_text("secret")
+    words = ["--host", "0.0.0.0", "--port", "0", "--token-file", str(tmp_path / "token")]
+    assert main(["serve", str(tmp_path), *words]) == 2
+    assert "--token-file" not in capsys.readouterr().err.splitlines()[0]
+
+
 def test_without_the_packages(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)  # importing it raises, and find_spec finds none
     assert "serve needs fastapi; run pip install 'airl-fast[serve]'" in refused(capsys, str(small_run()))
 
 
 def test_token_files(tmp_path):
-    from airl_fast.errors import UserError
-
     file = tmp_path / "token"
     file.write_text("abc-123\n")
     assert read_token(file) == "abc-123"
