@@ -12,7 +12,7 @@ from airl_fast.guided.records import Method
 from airl_fast.guided.reject import Reject, floor_that_keeps, lowest_running
 from airl_fast.guided.revise import Revise
 from airl_fast.guided.steps import Beam
-from airl_fast.guided.tokens import Reweigh
+from airl_fast.guided.tokens import TOP_K, Reweigh
 from airl_fast.types import Example
 
 Value = int | float | str
@@ -21,7 +21,7 @@ Value = int | float | str
 KINDS: Mapping[str, Mapping[str, tuple[Value, tuple[Value, ...]]]] = {
     "none": {"n": (8, ())},
     "steps": {"beam": (4, (1, 2, 4, 8)), "expand": (4, (4,))},
-    "tokens": {"n": (1, (1, 2, 4)), "beta": (1.0, (1.0,)), "top_k": (20, (20,))},
+    "tokens": {"n": (1, (1, 2, 4)), "beta": (1.0, (1.0,)), "top_k": (TOP_K, (TOP_K,))},
     "reject": {"n": (16, (4, 8, 16, 32)), "keep": (0.95, (0.95,)), "running": ("min", ("min",))},
     "revise": {"n": (1, (1,)), "rounds": (4, (1, 2, 4, 8))},
 }

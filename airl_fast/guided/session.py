@@ -54,9 +54,7 @@ class Session:
     def prompt(self, draft: Draft) -> tuple[int, ...]:
         return self._prompts[draft.problem]
 
-    def to_end(
-        self, drafts: Sequence[Draft], guide: Callable[[Sequence[Draft]], Guide] | None = None
-    ) -> list[Draft]:
+    def to_end(self, drafts: Sequence[Draft], guide: Callable[[Sequence[Draft]], Guide] | None = None) -> list[Draft]:
         """Each draft until its turn is over or it has its limit. guide: what shifts the logits of these drafts."""
         return self._extend(drafts, None, guide)
 
@@ -122,6 +120,9 @@ class Session:
 
     # ---- conclude ----
 
+    def text(self, draft: Draft) -> str:
+        return self._text(draft.tokens)
+
     def outcome(self, draft: Draft, score: float, details: Mapping[str, object]) -> Outcome:
         return Outcome(
             problem=self.problems[draft.problem],
@@ -177,9 +178,7 @@ class Session:
             text = self._text(tokens)
             whole = Trace(group=draft.problem, kind=Kind.POLICY, prompt_tokens=(0,), tokens=tokens, text=text)
             closed = self.judge.maker.token_at(whole, self._ends(text)[-1]) + 1
-        return Draft(
-            problem=draft.problem, slot=draft.slot, tokens=tokens, finished=finished, done=done, closed=closed
-        )
+        return Draft(problem=draft.problem, slot=draft.slot, tokens=tokens, finished=finished, done=done, closed=closed)
 
     def _trace(self, draft: Draft) -> Trace:
         tokens = draft.tokens[: draft.closed]
@@ -215,5 +214,3 @@ class Session:
                         f"{problem.place}: the prompt's {len(prompt)} tokens and {self.params.max_new_tokens} new ones "
                         f"exceed the {name}'s context of {context}; lower --max-new-tokens or leave the prompt out."
                     )
-
-

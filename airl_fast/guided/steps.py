@@ -53,8 +53,6 @@ class Beam:
         candidates = [draft for drafts in ended for draft in drafts.values()]
         scores = session.score(candidates)
         return [
-            session.outcome(
-                candidates[i], scores[i], {"rounds": rounds[problem], "ended_traces": len(ended[problem])}
-            )
+            session.outcome(candidates[i], scores[i], {"rounds": rounds[problem], "ended_traces": len(ended[problem])})
             for problem, i in enumerate(session.best(candidates, scores))
         ]

@@ -32,6 +32,8 @@ from airl_fast.guided.cursor import Cursor
 from airl_fast.guided.records import Draft, Outcome
 from airl_fast.guided.session import Session
 
+TOP_K = 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reweigh:
@@ -44,7 +46,7 @@ class Reweigh:
 
     @property
     def label(self) -> str:
-        return f"tokens n={self.n} β={self.beta:g}" + ("" if self.top_k == 20 else f" k={self.top_k}")
+        return f"tokens n={self.n} β={self.beta:g}" + ("" if self.top_k == TOP_K else f" k={self.top_k}")
 
     def solve(self, session: Session) -> Sequence[Outcome]:
         check_guidable(session)
