@@ -7,11 +7,24 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from airl_fast.commands import ablate, compare, data, evaluate, export, generate, machine, rerank, serve, train
+from airl_fast.commands import (
+    ablate,
+    compare,
+    data,
+    evaluate,
+    export,
+    generate,
+    machine,
+    report,
+    rerank,
+    serve,
+    train,
+    transfer,
+)
 from airl_fast.errors import UserError
 
 # In the order that `airl-fast --help` lists them.
-COMMANDS = (train, ablate, evaluate, rerank, compare, generate, export, serve, data, machine)
+COMMANDS = (train, ablate, evaluate, report, rerank, transfer, compare, generate, export, serve, data, machine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ LAYERS: dict[str, set[str]] = {
         *("engines", "evaluate", "preflight", "export", "guided"),
     },
     "loop": {"train"},
-    "commands": {"run", "serve", "benchmark", "ablate", "commands", "cli", "__main__", "integrations"},
+    "commands": {"run", "serve", "report", "benchmark", "ablate", "commands", "cli", "__main__", "integrations"},
 }
 RANK = {module: rank for rank, layer in enumerate(LAYERS.values()) for module in layer}
 

@@ -88,8 +88,8 @@ def read_metrics(path: Path) -> dict[str, Series]:
 
 def curves_figure(series: Mapping[str, Series]) -> Figure:
     """One panel for each logged curve, and the seconds of every phase stacked."""
-    curves = {key: logged for key in CURVES if (logged := _find(series, key)) is not None}
-    phases = _phases(series)
+    curves = {key: logged for key in CURVES if (logged := find_series(series, key)) is not None}
+    phases = phases_of(series)
     panels = len(curves) + bool(phases)
     if panels == 0:
         raise UserError(f"the metrics hold none of the curves to draw: {', '.join(CURVES)}.")
@@ -120,7 +120,7 @@ def summary_figure(summary: Summary) -> Figure:
     return figure
 
 
-def _find(series: Mapping[str, Series], key: str) -> Series | None:
+def find_series(series: Mapping[str, Series], key: str) -> Series | None:
     """A curve by its own name, by its name under a stage, or by its alias in the same two ways."""
     for name in (key, ALIASES.get(key, key)):
         for logged in sorted(series, key=len):
@@ -129,7 +129,7 @@ def _find(series: Mapping[str, Series], key: str) -> Series | None:
     return None
 
 
-def _phases(series: Mapping[str, Series]) -> dict[str, Series]:
+def phases_of(series: Mapping[str, Series]) -> dict[str, Series]:
     """Seconds of every phase by its name, in the order logged, without the whole step's."""
     found = {
         key.removeprefix(prefix): logged
@@ -143,7 +143,7 @@ def _phases(series: Mapping[str, Series]) -> dict[str, Series]:
 def _draw_curve(axis: Axes, key: str, steps: list[float], values: list[float]) -> None:
     axis.set_title(CURVES[key])
     axis.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1.0, marker="." if len(steps) < 3 else None)
-    axis.plot(steps, _smoothed(values), color=BLUE, linewidth=1.8)
+    axis.plot(steps, smoothed(values), color=BLUE, linewidth=1.8)
     axis.set_xlabel("step")
     if key in SHARES:
         axis.set_ylim(-0.02, 1.02)
@@ -157,7 +157,7 @@ def _draw_phases(axis: Axes, phases: Mapping[str, Series]) -> None:
     """Stack the phases over the steps that any of them logged; a phase without a value there took no time."""
     steps = sorted({s for recorded, _ in phases.values() for s in recorded})
     lookup = [dict(zip(*series, strict=True)) for series in phases.values()]
-    stacks = [_smoothed([table.get(s, 0.0) for s in steps]) for table in lookup]
+    stacks = [smoothed([table.get(s, 0.0) for s in steps]) for table in lookup]
     colours = [PHASES[i % len(PHASES)] for i in range(len(phases))]
     axis.stackplot(steps, stacks, labels=list(phases), colors=colours, alpha=0.85, edgecolor="white", linewidth=0.4)
     axis.set_title("seconds per step, by phase")
@@ -202,7 +202,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _smoothed(values: list[float]) -> list[float]:
+def smoothed(values: list[float]) -> list[float]:
     """Centred moving average over a tenth of the run, shorter at both ends: unlike a running one it does not lag."""
     half = min(len(values) // 20, MAX_HALF_WINDOW)
     window = np.ones(2 * half + 1)

@@ -32,7 +32,7 @@ _GROUPS = {
     "localise_other_hit_at_1": (),
 }
 _SINGLE = ("auroc_within_prompt", "control_random_reward")
-_LABELS = {
+LABELS = {
     "start": "start policy",
     "sft": "SFT continued",
     "grpo": "GRPO, verifiable reward",
@@ -146,16 +146,16 @@ def render_table(summary: Summary) -> str:
     policies = _table("policy", "pass@1 [95%]", "pass@5 [95%]")
     for name in POLICIES:
         row = (summary.pass_at_1.get(name), summary.pass_at_5.get(name))
-        policies.add_row(_LABELS[name], *(_percent(e) for e in row))
+        policies.add_row(LABELS[name], *(_percent(e) for e in row))
     if summary.control_random_reward is not None:
         policies.add_row("control: untrained reward", _percent(summary.control_random_reward), ABSENT)
     console.print(policies, "")
     n = ABSENT if summary.rerank_n is None else str(summary.rerank_n)
     picks = _table("start policy's samples picked by", f"pass@1|{n} [95%]")
-    _add_rows(picks, RERANKERS, summary.rerank_pass_at_1, summary.rerank_other_pass_at_1, _LABELS)
+    _add_rows(picks, RERANKERS, summary.rerank_pass_at_1, summary.rerank_other_pass_at_1, LABELS)
     console.print(picks, "")
     steps = _table("first wrong step named by", "Hit@1 [95%]")
-    labels = {**_LABELS, "logprob": "log-probability, same rule"}
+    labels = {**LABELS, "logprob": "log-probability, same rule"}
     _add_rows(steps, LOCALISERS, summary.localise_hit_at_1, summary.localise_other_hit_at_1, labels)
     console.print(steps, "")
     console.print(f" AUROC within a prompt  {_plain(summary.auroc_within_prompt)}")
