@@ -5,8 +5,11 @@ from dataclasses import replace
 
 from fastapi import FastAPI
 
+from airl_fast.config import BuildConfig
 from airl_fast.evaluate.judge import Judge, open_judge
 from airl_fast.evaluate.locate import Thresholds
+from airl_fast.models.build import build_model, build_tokenizer
+from airl_fast.models.load import wrap
 from airl_fast.serve.app import Settings, make_app
 from airl_fast.serve.guard import Limits
 from airl_fast.serve.server import calibrated
@@ -20,6 +23,15 @@ SETTINGS = Settings(limits=LIMITS, token=None, batch_tokens=16384, batch_wait=0.
 @functools.cache
 def judge() -> Judge:
     return open_judge(small_run())
+
+
+@functools.cache
+def other_judge() -> Judge:
+    """The same reward, reading an untrained policy with a tokenizer of its own."""
+    build = BuildConfig(vocab_size=300, hidden_size=32, layers=1)
+    texts = [text for each in demonstrations() for text in (each.prompt, each.expert)]
+    tokenizer = build_tokenizer(texts, build)
+    return open_judge(small_run(), policy=wrap(build_model(build, tokenizer, 0), tokenizer))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from airl_fast.evaluate.judge import Judge
 from airl_fast.serve.answers import score_answer
 from airl_fast.serve.batching import Batcher
 from airl_fast.serve.errors import ServiceError
-from tests.airl_fast.serve.service_cases import demonstrations, judge
+from tests.airl_fast.serve.service_cases import demonstrations, judge, other_judge
 
 WAIT = 0.5
 
@@ -60,6 +60,24 @@ def test_a_result_does_not_depend_on_its_company():
             np.testing.assert_allclose(left["token_rewards"], right["token_rewards"], rtol=0, atol=1e-5)
             assert left["tokens"] == right["tokens"]
             assert [s["text"] for s in left["steps"]] == [s["text"] for s in right["steps"]]
+
+
+def test_company_does_not_matter_to_a_policy_with_another_tokenizer():
+    """Then the prompts are read again from the examples, which must be those of the request."""
+    asked = requests()
+    judge_ = other_judge()
+    assert judge_.bridge.chat is not None
+    results = []
+    for budget in (10**6, 1):
+        passes = []
+        batcher = Batcher(judge_, budget, WAIT, passes.append)
+        futures = [batcher.submit(rows, lambda s, e: s.reward.values.tobytes()) for rows in asked]
+        batcher.close()
+        assert [each.requests for each in passes] == ([len(asked)] if budget > 1 else [1] * len(asked))
+        results.append([np.frombuffer(future.result(0)) for future in futures])
+    for together, alone in zip(*results, strict=True):
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+        assert np.ptp(alone) > 1e-3
 
 
 def test_passes_keep_to_the_budget():
