@@ -12,14 +12,14 @@ from airl_fast.guided.records import Method
 from airl_fast.guided.reject import Reject, floor_that_keeps, lowest_running
 from airl_fast.guided.revise import Revise
 from airl_fast.guided.steps import Beam
-from airl_fast.guided.tokens import TOP_K, Reweigh
+from airl_fast.guided.tokens import TOP_K, Reweigh, check_guidable
 from airl_fast.types import Example
 
 Value = int | float | str
 
 # What each kind takes: (value for one generation, ladder of values for a comparison).
 KINDS: Mapping[str, Mapping[str, tuple[Value, tuple[Value, ...]]]] = {
-    "none": {"n": (8, ())},
+    "none": {"n": (8, (1, 4, 16))},
     "steps": {"beam": (4, (1, 2, 4, 8)), "expand": (4, (4,))},
     "tokens": {"n": (1, (1, 2, 4)), "beta": (1.0, (1.0,)), "top_k": (TOP_K, (TOP_K,))},
     "reject": {"n": (16, (4, 8, 16, 32)), "keep": (0.95, (0.95,)), "running": ("min", ("min",))},
@@ -54,6 +54,7 @@ class Workshop:
             case "steps":
                 return Beam(beam=v["beam"], expand=v["expand"])
             case "tokens":
+                check_guidable(self.judge)
                 return Reweigh(n=v["n"], beta=v["beta"], top_k=v["top_k"])
             case "reject":
                 floor = self._once(("reject", v["keep"], v["running"]), lambda: self._floor(v["keep"], v["running"]))
@@ -93,7 +94,9 @@ def settings_of(kinds: Sequence[str], given: Mapping[str, str | None], *, compar
     for name, text in given.items():
         if text is not None and name not in known:
             users = [kind for kind, options in KINDS.items() if name in options]
-            raise UserError(f"{_flag(name)} is not read by --guided {kinds[0]}; it belongs to {', '.join(users)}.")
+            raise UserError(
+                f"{_flag(name)} is not read by --guided {','.join(kinds)}; it belongs to {', '.join(users)}."
+            )
     made = []
     for kind in kinds:
         columns = []

@@ -10,7 +10,6 @@ from airl_fast.evaluate.localise import TokenValues
 from airl_fast.evaluate.passk import Floats
 from airl_fast.evaluate.rerank import Scorer, trace_scores
 from airl_fast.guided.records import Draft, Outcome, Problem
-from airl_fast.models.load import LanguageModel
 from airl_fast.rollout.engine import SamplingParams
 from airl_fast.rollout.stepwise import Guide, Start, Streams, extend
 from airl_fast.types import Example, Kind, Trace
@@ -20,7 +19,7 @@ _TRACES_AT_ONCE = 1024
 
 
 class Session:
-    """P problems, the policy that writes and the judge that reads.
+    """P problems, and the judge whose policy writes and whose discriminator reads.
 
     first: the place of the first problem among all, when they are worked on in parts; draws depend on the place.
     repeat: another set of draws for the same seed. generated, scored: int64 [P], see Outcome.
@@ -29,14 +28,13 @@ class Session:
     def __init__(
         self,
         judge: Judge,
-        lm: LanguageModel,
         params: SamplingParams,
         problems: Sequence[Problem],
         *,
         first: int = 0,
         repeat: int = 0,
     ) -> None:
-        self.judge, self.lm, self.params, self.problems = judge, lm, params, tuple(problems)
+        self.judge, self.lm, self.params, self.problems = judge, judge.policy, params, tuple(problems)
         self.generated, self.scored = (np.zeros(len(problems), dtype=np.int64) for _ in range(2))
         # Without an answer: what scores and cuts traces cannot look at it.
         self._examples = tuple(Example(id=p.id, prompt=p.prompt, answer="") for p in problems)
@@ -99,8 +97,8 @@ class Session:
         """One number a draft, f64 [D], by the run's own scorer or another. Equal drafts are read once."""
         distinct: dict[tuple, int] = {}
         index = [distinct.setdefault((d.problem, d.tokens[: d.closed], d.finished), len(distinct)) for d in drafts]
-        firsts = list({place: draft for place, draft in zip(index[::-1], drafts[::-1], strict=True)}.items())
-        ordered = [draft for _, draft in sorted(firsts, key=lambda pair: pair[0])]
+        first = dict(zip(reversed(index), reversed(drafts), strict=True))
+        ordered = [first[place] for place in range(len(distinct))]
         parts = [
             self.rate(self.read(ordered[i : i + _TRACES_AT_ONCE]), scorer)
             for i in range(0, len(ordered), _TRACES_AT_ONCE)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from airl_fast.errors import UserError
+from airl_fast.evaluate.judge import Judge
 from airl_fast.guided.cursor import Cursor
 from airl_fast.guided.records import Draft, Outcome
 from airl_fast.guided.session import Session
@@ -49,22 +50,20 @@ class Reweigh:
         return f"tokens n={self.n} β={self.beta:g}" + ("" if self.top_k == TOP_K else f" k={self.top_k}")
 
     def solve(self, session: Session) -> Sequence[Outcome]:
-        check_guidable(session)
         slots = [session.fresh(problem, slot) for problem in range(len(session.problems)) for slot in range(self.n)]
         drafts = session.to_end(slots, lambda batch: Reweighing(session, batch, self.beta, self.top_k))
         scores = session.score(drafts)
         return [session.outcome(drafts[i], scores[i], {"samples": self.n}) for i in session.best(drafts, scores)]
 
 
-def check_guidable(session: Session) -> None:
+def check_guidable(judge: Judge) -> None:
     """UserError when the rewards of single tokens cannot be had while they are chosen."""
-    judge = session.judge
     if judge.bridge.chat is not None:
         raise UserError(
             "--guided tokens scores the policy's own tokens, but the discriminator of this run has another tokenizer; "
             "use --guided steps, which compares whole steps, or a policy with the discriminator's tokenizer."
         )
-    if judge.model.head.needs_reference and session.lm is not judge.model.reference[0]:
+    if judge.model.head.needs_reference and judge.policy is not judge.model.reference[0]:
         raise UserError(
             "--guided tokens needs the start policy's log-probabilities for this run's discriminator.head=logprob; "
             "use --policy start, or --guided steps."
