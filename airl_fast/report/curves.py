@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from airl_fast.evaluate.plots import ALIASES, SHARES, Series, find_series, phases_of, smoothed
 from airl_fast.report.runs import RunData
-from airl_fast.report.style import GREY, PHASE_COLOURS, Panel, layout, run_colour, see_through
+from airl_fast.report.style import GREY, PHASE_COLOURS, Panel, layout, run_colour, see_through, significant
 
 TRAINING, TIME = "Training", "Time"
 MAX_POINTS = 2000  # of a drawn line; longer runs are thinned out
@@ -44,7 +44,7 @@ def curve_panels(runs: Sequence[RunData]) -> list[Panel]:
             continue
         if SHARES.get(key) is not None:
             figure.add_hline(
-                y=100 * SHARES[key], line=dict(color=GREY, dash="dash", width=1),
+                y=100 * SHARES[key], line={"color": GREY, "dash": "dash", "width": 1},
                 annotation_text="chance", annotation_font_size=10,
             )  # fmt: skip
         identity = "curve-" + ALIASES.get(key, key).replace("/", "-").replace("_", "-")
@@ -65,7 +65,17 @@ def time_panels(runs: Sequence[RunData]) -> list[Panel]:
             _add_curve(figure, run.name, run_colour(number), run.metrics["tokens_per_s"], 1.0)
     if figure.data:
         caption = "Tokens of all traces of a step, by its seconds."
-        found.append(Panel(id="throughput", section=TIME, title="Throughput", caption=caption, figure=figure))
+        found.append(
+            Panel(
+                id="throughput",
+                section=TIME,
+                title="Throughput",
+                caption=caption,
+                figure=figure,
+                width="half",
+                height=330,
+            )
+        )
     return found
 
 
@@ -73,13 +83,13 @@ def _add_curve(figure: go.Figure, name: str, colour: str, logged: Series, scale:
     """The logged values, faint, and a centred moving average over them."""
     steps, values = logged
     every = -(-len(steps) // MAX_POINTS)
-    drawn = [round(scale * value, 6) for value in values][::every]
-    mean = [round(scale * value, 6) for value in smoothed(values)][::every]
-    mode = "lines" if len(steps) > 2 else "lines+markers"
-    common = dict(x=steps[::every], name=name, legendgroup=name, mode=mode)
-    faint = dict(color=see_through(colour, 0.35), width=1)
+    drawn = significant(scale * value for value in values[::every])
+    mean = significant(scale * value for value in smoothed(values)[::every])
+    mode = "lines" if len(steps) > 30 else "lines+markers"
+    common = {"x": steps[::every], "name": name, "legendgroup": name, "mode": mode}
+    faint = {"color": see_through(colour, 0.35), "width": 1}
     figure.add_scatter(y=drawn, line=faint, hovertemplate="%{y:.4g}", **common)
-    figure.add_scatter(y=mean, line=dict(color=colour, width=2.2), hoverinfo="skip", showlegend=False, **common)
+    figure.add_scatter(y=mean, line={"color": colour, "width": 2.2}, hoverinfo="skip", showlegend=False, **common)
 
 
 def _phase_panel(run: RunData, number: int, phases: dict[str, Series], several: bool) -> Panel:
@@ -91,12 +101,18 @@ def _phase_panel(run: RunData, number: int, phases: dict[str, Series], several: 
         seconds = smoothed([logged.get(step, 0.0) for step in steps])[::every]
         colour = PHASE_COLOURS[place % len(PHASE_COLOURS)]
         figure.add_scatter(
-            x=steps[::every], y=[round(value, 6) for value in seconds], name=phase, stackgroup="phases", mode="lines",
-            line=dict(width=0.5, color=colour), fillcolor=see_through(colour, 0.75), hovertemplate="%{y:.4g} s",
+            x=steps[::every], y=significant(seconds), name=phase, stackgroup="phases", mode="lines",
+            line={"width": 0.5, "color": colour}, fillcolor=see_through(colour, 0.75), hovertemplate="%{y:.4g} s",
         )  # fmt: skip
     figure.update_yaxes(rangemode="tozero")
     title = f"Seconds per step: {run.name}" if several else "Seconds per step"
     caption = "Where a step's time goes, smoothed; a phase that is not logged at a step took no time there."
     return Panel(
-        id=f"phases-{number}", section=TIME, title=title, caption=caption, figure=figure, height=330, wide=True
+        id=f"phases-{number}",
+        section=TIME,
+        title=title,
+        caption=caption,
+        figure=figure,
+        height=330,
+        width="half" if several else "full",
     )

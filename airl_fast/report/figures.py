@@ -1,6 +1,7 @@
 """Plots of an evaluation: pass@k, reranking, what the reward goes with, and where it sees the first wrong step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -79,7 +80,7 @@ def _pass_panel(recorded: Sequence[tuple[int, RunData, Record]]) -> Panel:
         "Chance that one of k samples is right, without bias; bands are 95% intervals over prompts "
         f"({first.prompts_total} {first.split} prompts, {first.samples} samples each)."
     )
-    return Panel(id="pass-at-k", section=PASS, title="pass@k", caption=caption, figure=figure, height=380)
+    return Panel(id="pass-at-k", section=PASS, title="pass@k", caption=caption, figure=figure, height=400, width="half")
 
 
 def _rerank_panel(rewards: Sequence[tuple[int, RunData, RewardRecord]]) -> Panel:
@@ -88,7 +89,8 @@ def _rerank_panel(rewards: Sequence[tuple[int, RunData, RewardRecord]]) -> Panel
     shown = SHOWN_ALONE if len(rewards) == 1 else SHOWN_OVERLAID
     for number, run, reward in rewards:
         others = iter(OTHER_STYLES * len(reward.rerank))
-        ordered = sorted(reward.rerank, key=lambda name: [*RERANK_STYLE, name].index(name))
+        wanted = reward.rerank if len(rewards) == 1 else [name for name in SHOWN_ALONE if name in reward.rerank]
+        ordered = sorted(wanted, key=lambda name: [*RERANK_STYLE, name].index(name))
         for name in ordered:
             colour, dash = RERANK_STYLE.get(name) or next(others)
             label = NAMES.get(name, name.replace("_", " "))
@@ -99,7 +101,9 @@ def _rerank_panel(rewards: Sequence[tuple[int, RunData, RewardRecord]]) -> Panel
         "Chance that one of k picks among all samples of the start policy is right, by who picks. Random is exact; "
         "the oracle knows the answer. Click a name to show or hide it."
     )
-    return Panel(id="rerank", section=PASS, title=f"pass@k|{n}", caption=caption, figure=figure, height=380)
+    return Panel(
+        id="rerank", section=PASS, title=f"pass@k|{n}", caption=caption, figure=figure, height=400, width="half"
+    )
 
 
 def _add_band(figure: go.Figure, label: str, curve: Curve, colour: str, dash: str, hidden: bool = False) -> None:
@@ -114,7 +118,7 @@ def _add_band(figure: go.Figure, label: str, curve: Curve, colour: str, dash: st
     )  # fmt: skip
     figure.add_scatter(
         x=ks, y=value, name=label, legendgroup=label, mode="lines+markers", visible=visible,
-        line=dict(color=colour, dash=dash, width=2), marker=dict(size=5, color=colour),
+        line={"color": colour, "dash": dash, "width": 2}, marker={"size": 5, "color": colour},
         customdata=[[a, b] for a, b in zip(low, high, strict=True)],
         hovertemplate="%{y:.1f} [%{customdata[0]:.1f}, %{customdata[1]:.1f}]",
     )  # fmt: skip
@@ -131,14 +135,20 @@ def _distribution_panel(number: int, run: RunData, reward: RewardRecord, several
         share = 100 * counts / side.sum()
         figure.add_bar(
             x=((edges[:-1] + edges[1:]) / 2).round(6).tolist(), y=share.round(4).tolist(), width=np.diff(edges)[0],
-            name=f"{name} ({int(side.sum())})", marker=dict(color=see_through(colour, 0.6), line_width=0),
+            name=f"{name} ({int(side.sum())})", marker={"color": see_through(colour, 0.6), "line_width": 0},
             customdata=counts.tolist(), hovertemplate="%{y:.1f}% (%{customdata} samples)",
         )  # fmt: skip
-        figure.add_vline(x=float(values[side].mean()), line=dict(color=colour, width=2, dash="dash"))
+        figure.add_vline(x=float(values[side].mean()), line={"color": colour, "width": 2, "dash": "dash"})
     figure.update_layout(barmode="overlay", bargap=0)
     title = f"Rewards by correctness: {run.name}" if several else "Rewards by correctness"
     return Panel(
-        id=f"distribution-{number}", section=REWARD, title=title, caption=_separation(reward), figure=figure, height=340
+        id=f"distribution-{number}",
+        section=REWARD,
+        title=title,
+        caption=_separation(reward),
+        figure=figure,
+        height=420,
+        width="half",
     )
 
 
@@ -169,7 +179,7 @@ def _correlation_panel(number: int, run: RunData, reward: RewardRecord, several:
     figure.add_heatmap(
         z=values, x=names, y=names, zmin=-1, zmax=1, colorscale=[list(stop) for stop in DIVERGING], xgap=1, ygap=1,
         texttemplate="%{z:.2f}", hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
-        colorbar=dict(thickness=10, outlinewidth=0, tickvals=[-1, -0.5, 0, 0.5, 1]), textfont=dict(size=10),
+        colorbar={"thickness": 10, "outlinewidth": 0, "tickvals": [-1, -0.5, 0, 0.5, 1]}, textfont={"size": 10},
     )  # fmt: skip
     figure.update_xaxes(tickangle=-35)
     figure.update_yaxes(autorange="reversed")
@@ -177,7 +187,15 @@ def _correlation_panel(number: int, run: RunData, reward: RewardRecord, several:
     if constant:
         caption += f" Left out, because they never vary: {', '.join(constant)}."
     title = f"Correlations: {run.name}" if several else "Correlations"
-    return Panel(id=f"correlation-{number}", section=REWARD, title=title, caption=caption, figure=figure, height=460)
+    return Panel(
+        id=f"correlation-{number}",
+        section=REWARD,
+        title=title,
+        caption=caption,
+        figure=figure,
+        height=460,
+        width="half",
+    )
 
 
 MEASURES: Mapping[str, tuple[str, Callable[[Localisation], Estimate], str]] = {
@@ -203,11 +221,12 @@ def _localisation_panels(rewards: Sequence[tuple[int, RunData, RewardRecord]]) -
             _add_bars(figure, run.name, known, measure, alone if len(rewards) == 1 else run_colour(number))
             chance = reward.localisation["chance"]
             colour = INK if len(rewards) == 1 else run_colour(number)
-            _add_baseline(figure, measure(chance).value, colour, "dash", "chance")
+            named = len(rewards) == 1
+            _add_baseline(figure, measure(chance).value, colour, "dash", "chance", "right" if named else None)
             position = reward.localisation.get("majority_position")
             if position is not None:
-                _add_baseline(figure, measure(position).value, colour, "dot", "position")
-        figure.update_layout(barmode="group", bargap=0.35)
+                _add_baseline(figure, measure(position).value, colour, "dot", "position", "left" if named else None)
+        figure.update_layout(barmode="group", bargap=0.35, margin_t=24)
         figure.update_xaxes(range=[0, 105], showgrid=True)
         figure.update_yaxes(autorange="reversed", showgrid=False)
         traces = ", ".join(str(reward.localisation["chance"].traces) for _, _, reward in rewards)
@@ -240,20 +259,25 @@ def _add_bars(figure: go.Figure, name: str, known: Sequence[tuple[str, Localisat
         colour = [c for c, (_, found) in zip(colour, known, strict=True) if found is not None]
     value, low, high = ([round(100 * getattr(e, part), 4) for _, e in present] for part in ("value", "low", "high"))
     figure.add_bar(
-        y=[label for label, _ in present], x=value, orientation="h", name=name, marker=dict(color=colour),
-        error_x=dict(
-            type="data", symmetric=False, color=INK, thickness=1.2, width=3,
+        y=[label for label, _ in present], x=value, orientation="h", name=name, marker={"color": colour},
+        error_x={
+            "type": "data", "symmetric": False, "color": INK, "thickness": 1.2, "width": 3,
             # An exact expectation can lie a rounding error outside its own interval.
-            array=[max(h - v, 0.0) for h, v in zip(high, value, strict=True)],
-            arrayminus=[max(v - b, 0.0) for b, v in zip(low, value, strict=True)],
-        ),
+            "array": [max(h - v, 0.0) for h, v in zip(high, value, strict=True)],
+            "arrayminus": [max(v - b, 0.0) for b, v in zip(low, value, strict=True)],
+        },
         customdata=[[a, b] for a, b in zip(low, high, strict=True)],
         hovertemplate="%{y}: %{x:.1f} [%{customdata[0]:.1f}, %{customdata[1]:.1f}]<extra></extra>",
     )  # fmt: skip
 
 
-def _add_baseline(figure: go.Figure, value: float, colour: str, dash: str, label: str) -> None:
+def _add_baseline(
+    figure: go.Figure, value: float, colour: str, dash: str, label: str, anchor: Literal["left", "right"] | None
+) -> None:
+    """anchor: which end of its name stands at the line; None leaves the name out."""
+    place = {"yref": "paper", "y": 1.0, "yanchor": "bottom", "xanchor": anchor, "xshift": 0, "font_size": 10}
     figure.add_vline(
-        x=round(100 * value, 4), line=dict(color=colour, dash=dash, width=1.5),
-        annotation=dict(text=f"{label} {100 * value:.0f}", font_size=10, yref="paper", y=1.0, yanchor="bottom"),
-    )  # fmt: skip
+        x=round(100 * value, 4),
+        line={"color": colour, "dash": dash, "width": 1.5},
+        annotation={"text": f" {label} {100 * value:.0f} ", **place} if anchor else None,
+    )

@@ -53,7 +53,7 @@ def render(runs: Sequence[RunData], split: str = "test") -> str:
     from airl_fast.report.curves import curve_panels, time_panels
     from airl_fast.report.figures import evaluation_panels
     from airl_fast.report.style import GRID, INK, SURFACE, run_colour
-    from airl_fast.report.tables import differing_settings, summary_rows
+    from airl_fast.report.tables import differing_settings, summary_groups
     from airl_fast.report.tokens import token_views
 
     panels = [*curve_panels(runs), *evaluation_panels(runs), *time_panels(runs)]
@@ -61,7 +61,7 @@ def render(runs: Sequence[RunData], split: str = "test") -> str:
     scripts = {name: _static(f"{name}.js") for name in ("theme", "tokens", "plots")} | {"plotly": get_plotlyjs()}
     data = {
         "views": views,
-        "plots": {panel.id: panel.figure.to_plotly_json() for panel in panels},
+        "plots": {f"plot-{panel.id}": panel.figure.to_plotly_json() for panel in panels},
         "colours": {"ink": INK, "surface": SURFACE, "grid": GRID},
     }
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -78,7 +78,7 @@ def render(runs: Sequence[RunData], split: str = "test") -> str:
         data=Markup(embedded_json(data)),
         missing=[sentence for run in runs for sentence in run.missing],
         tiles=headline(runs[0].summary) if len(runs) == 1 and runs[0].summary is not None else [],
-        rows=summary_rows(runs),
+        groups=summary_groups(runs),
         differences=differing_settings(runs),
         sections=[(name, text, [p for p in panels if p.section == name]) for name, text in SECTIONS.items()],
         views=views,

@@ -4,7 +4,9 @@ Colours are those of Okabe and Ito. The page replaces the three colours below by
 follows it; every other colour reads on light and on dark.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import plotly.graph_objects as go
 
@@ -19,7 +21,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One plot. id: of its element. section: the heading it stands under. caption: what it says, in plain words."""
+    """One plot. id: of its element, after "plot-". section: the heading it stands under. caption: what it says, in
+    plain words. height: in pixels. width: of the page, where that is wide enough."""
 
     id: str
     section: str
@@ -27,7 +30,7 @@ class Panel:
     caption: str
     figure: go.Figure
     height: int = 250
-    wide: bool = False
+    width: Literal["third", "half", "full"] = "third"
 
 
 def run_colour(index: int) -> str:
@@ -36,20 +39,26 @@ def run_colour(index: int) -> str:
 
 def layout(x: str, y: str, *, percent: bool = False, legend: bool = False, unified: bool = True) -> go.Layout:
     """x, y: titles of the axes. percent: y runs from 0 to 100. unified: one hover label for everything at an x."""
-    axis = dict(gridcolor=GRID, linecolor=GRID, zerolinecolor=GRID, automargin=True, ticks="", title_standoff=6)
+    axis = {"gridcolor": GRID, "linecolor": GRID, "zerolinecolor": GRID, "ticks": "", "automargin": True}
+    axis |= {"title_standoff": 6, "exponentformat": "power"}
     return go.Layout(
         template="none",
-        font=dict(family=FONT, size=12, color=INK),
+        font={"family": FONT, "size": 12, "color": INK},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin=dict(l=48, r=12, t=10, b=40),
+        margin={"l": 48, "r": 12, "t": 10, "b": 40},
         xaxis=dict(title_text=x, showgrid=False, **axis),
         yaxis=dict(title_text=y, range=[-2, 102] if percent else None, **axis),
         hovermode="x unified" if unified else "closest",
-        hoverlabel=dict(bgcolor=SURFACE, bordercolor=GRID, font=dict(color=INK, family=FONT), namelength=-1),
+        hoverlabel={"bgcolor": SURFACE, "bordercolor": GRID, "font": {"color": INK, "family": FONT}, "namelength": -1},
         showlegend=legend,
-        legend=dict(orientation="h", yanchor="top", y=-0.2, x=0, font_size=11),
+        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "font_size": 11},
     )
+
+
+def significant(values: Iterable[float]) -> list[float]:
+    """Six significant digits: what a plot shows, in half the bytes."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 def see_through(colour: str, alpha: float) -> str:

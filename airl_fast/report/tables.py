@@ -1,7 +1,7 @@
 """The tables of a report: the figures of every run side by side, and the settings in which runs differ."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,72 +24,72 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """label, and one cell a run. heading: a row that names what follows and has no cells."""
+    """label, and one cell a run."""
 
     label: str
-    cells: tuple[Cell, ...] = ()
-    heading: bool = False
+    cells: tuple[Cell, ...]
 
 
-def summary_rows(runs: Sequence[RunData]) -> list[Row]:
-    """What `airl-fast train` prints at its end, one column a run; parts that no run has are left out."""
-    summaries = [run.summary for run in runs]
-    if not any(summaries):
-        return []
-    n = {s.rerank_n for s in summaries if s is not None and s.rerank_n is not None}
-    picks = "Start policy's samples picked by, pass@1|" + "/".join(map(str, sorted(n)))
-    rows: list[Row] = []
-    for heading, group, names, labels in (
-        ("pass@1", "pass_at_1", POLICIES, LABELS),
-        ("pass@5", "pass_at_5", POLICIES, LABELS),
-        (picks, "rerank_pass_at_1", RERANKERS, LABELS),
-        ("", "rerank_other_pass_at_1", None, LABELS),
-        ("First wrong step named by, Hit@1", "localise_hit_at_1", LOCALISERS, _LOCALISER_LABELS),
-        ("", "localise_other_hit_at_1", None, _LOCALISER_LABELS),
-    ):
-        rows += _group(summaries, heading, group, names, labels)
-    control = [None if s is None else s.control_random_reward for s in summaries]
-    if any(control):
-        rows.insert(_end_of(rows, "pass@1"), Row("control: untrained reward", tuple(map(_percent, control))))
-    rows.append(Row("The run", heading=True))
-    auroc = [None if s is None else s.auroc_within_prompt for s in summaries]
-    if any(auroc):
-        rows.append(Row("AUROC within a prompt", tuple(map(_fraction, auroc))))
-    rows.append(Row("seconds", tuple(Cell(ABSENT if s is None else f"{s.seconds:.0f}") for s in summaries)))
-    rows.append(
-        Row("peak memory, GiB", tuple(Cell(ABSENT if s is None else f"{s.peak_rss_gib:.2f}") for s in summaries))
-    )
-    rows.append(Row("seed", tuple(Cell(ABSENT if s is None else str(s.seed)) for s in summaries)))
-    for name in dict.fromkeys(name for s in summaries if s is not None for name in s.counts):
-        counts = tuple(Cell(ABSENT if s is None else str(s.counts.get(name, ABSENT))) for s in summaries)
-        rows.append(Row(name.replace("_", " "), counts))
-    return rows
-
-
+Group = tuple[str, list[Row]]
 _LOCALISER_LABELS = {**LABELS, "logprob": "log-probability, same rule"}
 
 
-def _group(
-    summaries: Sequence[Summary | None],
-    heading: str,
-    group: str,
-    names: Sequence[str] | None,
-    labels: Mapping[str, str],
-) -> Iterator[Row]:
-    tables = [{} if s is None else getattr(s, group) for s in summaries]
-    present = [
-        name for name in names or dict.fromkeys(n for t in tables for n in t) if any(t.get(name) for t in tables)
+def summary_groups(runs: Sequence[RunData]) -> list[Group]:
+    """(heading, rows) of what `airl-fast train` prints at its end, one column a run; what no run has is left out."""
+    summaries = [run.summary for run in runs]
+    if not any(summaries):
+        return []
+    n = sorted({s.rerank_n for s in summaries if s is not None and s.rerank_n is not None})
+    passed = [*_rows(summaries, "pass_at_1", POLICIES, LABELS)]
+    control = [None if s is None else s.control_random_reward for s in summaries]
+    if any(control):
+        passed.append(Row("control: untrained reward", tuple(map(_percent, control))))
+    auroc = [None if s is None else s.auroc_within_prompt for s in summaries]
+    groups = [
+        ("Policy, pass@1", passed),
+        ("Policy, pass@5", [*_rows(summaries, "pass_at_5", POLICIES, LABELS)]),
+        (
+            f"Start policy's samples picked by, pass@1|{'/'.join(map(str, n))}",
+            [
+                *_rows(summaries, "rerank_pass_at_1", RERANKERS, LABELS),
+                *_rows(summaries, "rerank_other_pass_at_1", (), LABELS),
+            ],
+        ),
+        (
+            "First wrong step named by, Hit@1",
+            [
+                *_rows(summaries, "localise_hit_at_1", LOCALISERS, _LOCALISER_LABELS),
+                *_rows(summaries, "localise_other_hit_at_1", (), _LOCALISER_LABELS),
+            ],
+        ),
+        ("Reward and correctness", [Row("AUROC within a prompt", tuple(map(_fraction, auroc)))] if any(auroc) else []),
+        ("The run", _facts(summaries)),
     ]
-    if heading and present:
-        yield Row(heading, heading=True)
-    for name in present:
-        yield Row(labels.get(name, name.replace("_", " ")), tuple(_percent(table.get(name)) for table in tables))
+    return [(heading, rows) for heading, rows in groups if rows]
 
 
-def _end_of(rows: Sequence[Row], heading: str) -> int:
-    """Where the rows under a heading end."""
-    start = next((i for i, row in enumerate(rows) if row.label == heading), -1)
-    return next((i for i in range(start + 1, len(rows)) if rows[i].heading), len(rows))
+def _rows(
+    summaries: Sequence[Summary | None], group: str, names: Sequence[str], labels: Mapping[str, str]
+) -> Iterator[Row]:
+    """names: in which order; empty for the order they come in."""
+    tables = [{} if s is None else getattr(s, group) for s in summaries]
+    for name in names or dict.fromkeys(name for table in tables for name in table):
+        estimates = [table.get(name) for table in tables]
+        if any(estimates):
+            yield Row(labels.get(name, name.replace("_", " ")), tuple(map(_percent, estimates)))
+
+
+def _facts(summaries: Sequence[Summary | None]) -> list[Row]:
+    def row(label: str, read: Callable[[Summary], str]) -> Row:
+        return Row(label, tuple(Cell(ABSENT if s is None else read(s)) for s in summaries))
+
+    names = dict.fromkeys(name for s in summaries if s is not None for name in s.counts)
+    return [
+        row("seconds", lambda s: f"{s.seconds:.0f}"),
+        row("peak memory, GiB", lambda s: f"{s.peak_rss_gib:.2f}"),
+        row("seed", lambda s: str(s.seed)),
+        *(row(name.replace("_", " "), lambda s, name=name: str(s.counts.get(name, ABSENT))) for name in names),
+    ]
 
 
 def _percent(estimate: Estimate | None) -> Cell:

@@ -73,6 +73,7 @@ def _trace(trace: RecordedTrace) -> dict[str, Any]:
         "p": trace.prompt,
         "n": trace.sample,
         "k": kind,
+        "finished": trace.finished,
         "text": trace.text,
         "s": [offset for span in trace.spans for offset in span],
         "r": np.round(trace.reward, DIGITS).tolist(),

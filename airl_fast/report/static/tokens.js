@@ -197,6 +197,7 @@
     heading.append(answer);
     element("prompt").replaceChildren(heading);
     const full = fullColour(view, state.colour);
+    element("scale-name").textContent = `${state.colour} reward`;
     element("scale-low").textContent = `≤ ${number(-full, 1)}`;
     element("scale-high").textContent = `≥ ${number(full, 1)}`;
     const shown = state.beside && state.panes[1] !== null ? [0, 1] : [0];
