@@ -11,18 +11,17 @@ _OPTIONS = ("n", "beam", "expand", "beta", "top_k", "keep", "running", "rounds")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    generate = commands.add_parser(
-        "generate", help="write traces under the guidance of a run's reward, or compare ways"
-    )
+    generate = commands.add_parser("generate", help="write traces under the guidance of a run's reward")
     generate.add_argument("run", help="directory of the run, such as runs/demo, or of its reward model")
     generate.add_argument("prompts", nargs="?", help="JSON Lines with prompt, and optionally id and answer")
     generate.add_argument("--split", choices=("train", "dev", "test"), help="prompts of the run's task, not a file's")
     generate.add_argument("--prompts", dest="limit", type=int, metavar="P", help="the first P prompts (default: all)")
     generate.add_argument(
         "--guided",
-        choices=GUIDED,
+        metavar="{" + ",".join(GUIDED) + "}",
         help="none: best of n samples; steps: beam search; tokens: re-weighted next tokens; reject: stop bad samples "
-        "early; revise: rewrite from the first suspicious step (default: steps; with --compare: each but none)",
+        "early; revise: rewrite from the first suspicious step (default: steps; with --compare several, by default "
+        "each but none)",
     )
     generate.add_argument("--n", help="samples (none: 8, tokens: 1, reject: 16, revise: 1)")
     generate.add_argument("--beam", help="steps: partial traces kept (default: 4)")
@@ -58,7 +57,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         prompts=_path(arguments.prompts),
         split=arguments.split or "test",
         limit=arguments.limit,
-        guided=arguments.guided or (None if arguments.compare else "steps"),
+        guided=_kinds(arguments.guided, arguments.compare),
         options={name: getattr(arguments, name) for name in _OPTIONS},
         policy=arguments.policy,
         seed=arguments.seed,
@@ -98,6 +97,18 @@ def _check(arguments: argparse.Namespace) -> None:
         ):
             if given:
                 raise UserError(f"{flag} belongs to --compare; add that, or leave {flag} out.")
+
+
+def _kinds(text: str | None, compare: bool) -> tuple[str, ...]:
+    if text is None:
+        return GUIDED[1:] if compare else ("steps",)
+    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [kind for kind in kinds if kind not in GUIDED]
+    if unknown:
+        raise UserError(f"--guided {unknown[0]}: choose one of {', '.join(GUIDED)}.")
+    if len(kinds) > 1 and not compare:
+        raise UserError(f"--guided {text}: several kinds are for --compare; give one.")
+    return kinds
 
 
 def _path(text: str | None) -> Path | None:

@@ -15,8 +15,8 @@ from airl_fast.errors import UserError
 from airl_fast.evaluate.judge import Judge, locate_reward, open_judge
 from airl_fast.evaluate.leakage import training_prompts
 from airl_fast.evaluate.plots import save_figure
-from airl_fast.guided.compare import Solved, draw_pool, grade, run_methods, solve
-from airl_fast.guided.options import KINDS, Workshop, settings_of
+from airl_fast.guided.compare import Solved, draw_pool, grade, run_methods
+from airl_fast.guided.options import Workshop, settings_of
 from airl_fast.guided.prompts import Answers, read_problems, split_problems
 from airl_fast.guided.records import Outcome, Problem
 from airl_fast.guided.report import as_document, figure, render
@@ -34,14 +34,14 @@ _PART = 128  # problems whose rows are written together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """prompts: a file, or None for `split` of the run's task. guided: a kind of guidance; None compares all kinds.
+    """prompts: a file, or None for `split` of the run's task. guided: kinds of guidance; a generation has one.
     options: as typed, by name. policy: start, airl or a directory. repeats: of a comparison."""
 
     run: Path
     prompts: Path | None
     split: Split
     limit: int | None
-    guided: str | None
+    guided: tuple[str, ...]
     options: Mapping[str, str | None]
     policy: str
     seed: int
@@ -54,19 +54,18 @@ class Request:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
     judge: Judge
-    lm: LanguageModel
     params: SamplingParams
     problems: tuple[Problem, ...]
     answers: Answers
     workshop: Workshop
 
     def session(self, first: int, last: int, repeat: int) -> Session:
-        return Session(self.judge, self.lm, self.params, self.problems[first:last], first=first, repeat=repeat)
+        return Session(self.judge, self.params, self.problems[first:last], first=first, repeat=repeat)
 
 
 def generate(request: Request, out: Path | None, write: Callable[[str], None], say: Say) -> None:
     """One JSON line for each prompt, into `out` or through `write`, as its part is done."""
-    (setting,) = settings_of([request.guided], request.options, compare=False)
+    (setting,) = settings_of(request.guided, request.options, compare=False)
     opened = _open(request)
     method = opened.workshop.make(setting)
     began, spent = time.monotonic(), 0
@@ -94,8 +93,7 @@ def generate(request: Request, out: Path | None, write: Callable[[str], None], s
 def compare(request: Request, out: Path | None, json_out: Path | None, plot_out: Path | None, say: Say) -> str:
     """Run the methods at several budgets and return the tables. Figures go to `json_out` and `plot_out`, by default
     RUN/eval/guided.json and guided.png; `out` takes every outcome."""
-    kinds = [kind for kind in KINDS if kind != "none"] if request.guided is None else [request.guided]
-    settings = settings_of(kinds, request.options, compare=True)
+    settings = settings_of(request.guided, request.options, compare=True)
     opened = _open(request)
     missing = [p.place for p, answer in zip(opened.problems, opened.answers, strict=True) if answer is None]
     if missing:
@@ -140,7 +138,6 @@ def _open(request: Request) -> _Opened:
 
     return _Opened(
         judge=judge,
-        lm=judge.policy,
         params=params,
         problems=problems,
         answers=answers,
@@ -154,9 +151,8 @@ def _policy(name: str, root: Path, config: Config) -> LanguageModel | None:
         return None
     directory = root / POLICY if name == "airl" else Path(name)
     if not directory.is_dir():
-        hint = (
-            "the run has no trained policy; use --policy start" if name == "airl" else "give start, airl or a model's"
-        )
+        hint = "give start, airl or the directory of a model"
+        hint = "the run has no trained policy; use --policy start" if name == "airl" else hint
         raise UserError(f"--policy {name}: there is no directory {directory}; {hint}.")
     lm = load_policy(directory, config.model, pick_device(config))
     verify_packing(lm, str(directory))

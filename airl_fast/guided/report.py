@@ -113,7 +113,7 @@ def figure(comparison: Comparison, title: str) -> Figure:
     axis.set_xlabel("generated tokens a prompt, discarded ones included")
     axis.set_ylabel("accuracy (%), 95% intervals over prompts")
     axis.set_ylim(top=102)
-    axis.legend(fontsize=8, loc="lower right", framealpha=0.9)
+    drawn.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
     return drawn
 
 
