@@ -172,7 +172,10 @@ def load_prompts(task: TaskSource, split: str, count: int) -> list[Example]:
 def _kept(before: Sequence[Example], after: list[Example], excess: str, too_long: str, say: Say) -> list[Example]:
     left_out = len(before) - len(after)
     if left_out and not after:
-        raise UserError(f"{excess}, and none of the {left_out} prompts fits; choose a model with a longer context.")
+        raise UserError(
+            f"{excess}, and none of the {left_out} prompts fits; ask for more prompts or for shorter "
+            "samples, or choose a model with a longer context."
+        )
     if left_out and too_long == "error":
         raise UserError(
             f"{excess} ({left_out} of {len(before)} prompts are too long); leave such prompts out with --too-long drop."
