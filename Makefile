@@ -1,6 +1,7 @@
 # make demo   train the embedded example and show what it learned      make test   run the tests
 # make setup  create .venv for both (nothing when it is there)         make lint   ruff
 # make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and pytest
+# make test-browser   run the tests of `airl-fast report` in Chromium, which must be installed
 # make test-vllm   run the tests of the vLLM sampler against the real one, for the CPU, in .venv-vllm
 # make peers  add TRL, Liger-Kernel and cut-cross-entropy, which tests and benchmarks compare with
 # make peer-tests  run Liger-Kernel's own tests against our functions, and ours against verl and OpenRLHF
@@ -18,7 +19,7 @@ PEER_STAMP := $(PEER_SITE)/.installed
 DIST ?= dist
 NATIVE := $(wildcard csrc/*) kernels/setup.py kernels/pyproject.toml
 
-.PHONY: setup peers peer-tests demo test test-vllm lint gpu-check dist clean
+.PHONY: setup peers peer-tests demo test test-browser test-vllm lint gpu-check dist clean
 setup: $(STAMP)
 peers: $(PEERS)
 
@@ -52,6 +53,10 @@ demo: setup
 # Two processes of one thread each: the tests are many and small. A file stays in one process, with its fixtures.
 test: setup peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A test that finds no browser fails here; within `make test` it is skipped. Screenshots go to build/screenshots.
+test-browser: setup
+	OMP_NUM_THREADS=1 AIRL_NEEDS_BROWSER=1 $(BIN)/python -m pytest -s tests/browser
 
 # vLLM pins what it needs, so its list is installed as it stands. airl-fast follows from this directory.
 $(VLLM_STAMP): constraints-vllm.txt pyproject.toml $(NATIVE)
