@@ -17,6 +17,7 @@ from airl_fast.commands import (
     machine,
     report,
     rerank,
+    score,
     serve,
     train,
     transfer,
@@ -24,7 +25,7 @@ from airl_fast.commands import (
 from airl_fast.errors import UserError
 
 # In the order that `airl-fast --help` lists them.
-COMMANDS = (train, ablate, evaluate, report, rerank, transfer, compare, generate, export, serve, data, machine)
+COMMANDS = (train, ablate, evaluate, report, score, rerank, transfer, compare, generate, export, serve, data, machine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

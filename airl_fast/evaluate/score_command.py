@@ -1,0 +1,226 @@
+"""`airl-fast score RUN FILE`: token, step and trace rewards of anyone's traces, one row out for each row in.
+
+What is computed from a row is a function of `Part`, which holds no label; labels are copied beside the scores when a
+row is written.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from airl_fast.data.trace_rows import NO_ERROR, TraceLabels
+from airl_fast.errors import UserError
+from airl_fast.evaluate.choose import score_traces
+from airl_fast.evaluate.judge import Judge, Scored, locate_reward, open_judge
+from airl_fast.evaluate.leakage import TrainingPrompts, training_prompts
+from airl_fast.evaluate.line_writer import LineWriter
+from airl_fast.evaluate.localise import TokenValues, step_scores
+from airl_fast.evaluate.naming import NamedTrace, Naming, named, naming
+from airl_fast.evaluate.passk import Floats
+from airl_fast.evaluate.rerank import discounted_to_go
+from airl_fast.evaluate.trace_parts import Part, Tally, part_tokens, read_parts, steps_of_ends
+
+Say = Callable[[str], None]
+Only = Literal["trace", "steps", "tokens"]
+DIGITS = 6  # after the point: about what a float32 reward holds
+_TELL_EVERY = 5.0  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line says. only: None writes all. locate: also name the first wrong step, by `rule` (None: the
+    run's) and `threshold` (None: calibrated). tokens: of a part; None for what the models' passes hold."""
+
+    only: Only | None = None
+    locate: bool = False
+    rule: str | None = None
+    threshold: float | None = None
+    skip_too_long: bool = False
+    allow_training_prompts: bool = False
+    tokens: int | None = None
+
+
+def score_command(run: Path, file: Path, out: Path | None, options: Options, say: Say) -> None:
+    """Write one object for each trace of `file` to `out` (None: standard output). UserError, after the rows before it
+    were written, for a row that cannot be scored."""
+    if not options.locate and (options.rule or options.threshold is not None):
+        raise UserError("--rule and --threshold say how a step is named; add --locate.")
+    judge = open_judge(run)
+    chosen = naming(judge, options.rule, options.threshold) if options.locate else None
+    source = identity(run)
+    tally = Tally()
+    pace = Pace(say)
+    with LineWriter(out) as lines:
+        try:
+            for part, labels in parts_of(judge, file, tally, options):
+                for row, known in zip(score_rows(judge, part, chosen, options.only), labels, strict=True):
+                    lines.write(row | {"labels": known_labels(known)} | source)
+                lines.flush()
+                pace.told(len(part.rows))
+        except UserError:
+            if lines.partial is not None:
+                say(f"{lines.rows} rows written before the error; they are in {lines.partial}")
+            raise
+    pace.ended(tally, "standard output" if out is None else str(out))
+
+
+def parts_of(judge: Judge, file: Path, tally: Tally, options: Any) -> Iterator[tuple[Part, tuple[TraceLabels, ...]]]:
+    """options: those of `score` or of `localize`."""
+    trained_on: TrainingPrompts | None = None
+    if not options.allow_training_prompts:
+        trained_on = training_prompts(judge.config)
+    tokens = options.tokens or part_tokens(judge)
+    return read_parts(judge, file, tally, trained_on=trained_on, skip_too_long=options.skip_too_long, tokens=tokens)
+
+
+def score_rows(judge: Judge, part: Part, chosen: Naming | None, only: Only | None) -> Iterator[dict[str, Any]]:
+    """One object a trace, in order. Reads no label: there is none in a part."""
+    scored = judge.score(part.traces, part.examples, part.step_ends)
+    own, gamma = judge.config.evaluate.scorer, judge.config.advantage.gamma
+    found_scores = score_traces(scored, judge.config)
+    scores = {own if name == "reward" else name.removeprefix("reward_"): v for name, v in found_scores.items()}
+    logprob = scores.pop("logprob")
+    names = [None] * len(part.traces) if chosen is None else named(scored, chosen)
+    steps = _StepTable.of(scored, gamma) if only in (None, "steps") else None
+    for i, row in enumerate(part.rows):
+        trace, inside = part.traces[i], slice(*scored.reward.offsets[i : i + 2])
+        spans = judge.maker.chat.token_char_spans(trace.text, trace.tokens)
+        found: dict[str, Any] = {
+            "id": row.id,
+            "scorer": own,
+            "rewards": {name: rounded(values[i]) for name, values in scores.items()},
+            "logprob": rounded(logprob[i]),
+        }
+        if names[i] is not None:
+            ends = part.step_ends[i]
+            found["first_wrong_step"] = _prediction(names[i], steps_of_ends(judge, trace, ends), chosen)
+        if steps is not None:
+            found["steps"] = steps.rows(i, trace.text, step_spans(scored.reward, i, spans))
+        if only in (None, "tokens"):
+            found["tokens"] = token_texts(judge, trace, spans)
+            found["token_spans"] = spans
+            found["token_rewards"] = rounded_list(scored.reward.values[inside])
+            found["token_logprobs"] = rounded_list(scored.logprob.values[inside])
+        yield found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepTable:
+    """Numbers per step, f64 [K] each; offsets int64 [S+1]."""
+
+    columns: dict[str, Floats]
+    offsets: np.ndarray
+
+    @staticmethod
+    def of(scored: Scored, gamma: float) -> "_StepTable":
+        means, reward = step_scores(scored.reward, "mean"), scored.reward
+        first = np.concatenate(([0], np.flatnonzero(reward.step_ends)[:-1] + 1))
+        return _StepTable(
+            columns={
+                "reward_mean": means.values,
+                "reward_min": step_scores(reward, "min").values,
+                "reward_to_go": discounted_to_go(reward, gamma)[first],
+                "logprob_mean": step_scores(scored.logprob, "mean").values,
+            },
+            offsets=means.offsets,
+        )
+
+    def rows(self, trace: int, text: str, spans: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        own = slice(*self.offsets[trace : trace + 2])
+        columns = {name: rounded_list(values[own]) for name, values in self.columns.items()}
+        return [
+            {"start": a, "end": b, "text": text[a:b]} | {name: values[k] for name, values in columns.items()}
+            for k, (a, b) in enumerate(spans)
+        ]
+
+
+def step_spans(values: TokenValues, trace: int, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The characters of each step of a trace, from one closing token's end to the next. spans: of its tokens."""
+    closing = np.flatnonzero(values.step_ends[slice(*values.offsets[trace : trace + 2])])
+    return list(pairwise([0, *(spans[token][1] for token in closing)]))
+
+
+def token_texts(judge: Judge, trace: Any, spans: list[tuple[int, int]]) -> list[str]:
+    """What each token stands for; the end-of-turn token by its name. A token that holds a part of a character shows
+    the whole of it."""
+    chat = judge.maker.chat
+    closing = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
+    return [
+        closing if token == chat.end_of_turn else trace.text[a:b]
+        for token, (a, b) in zip(trace.tokens, spans, strict=True)
+    ]
+
+
+def _prediction(found: NamedTrace, place: list[int], chosen: Naming) -> dict[str, Any]:
+    return {
+        "predicted": given_step(found.step, place),
+        "below_threshold": found.below_threshold,
+        "suspicion": rounded_list(found.suspicion),
+        "rule": chosen.rule,
+        "threshold": rounded(chosen.threshold),
+    }
+
+
+def given_step(step: int, place: list[int]) -> int:
+    """The first step, as the file counts them, that lies in a scored one. place: of `steps_of_ends`."""
+    return place.index(step) if step in place else len(place) - 1
+
+
+def known_labels(labels: TraceLabels) -> dict[str, Any]:
+    """What the file says of a trace, as it says it; what it does not say is left out."""
+    first = None if labels.first_wrong_step == NO_ERROR else labels.first_wrong_step
+    found = {"answer": labels.gold, "correct": labels.correct, "group": labels.group}
+    found = {name: value for name, value in found.items() if value is not None}
+    return found if labels.first_wrong_step is None else found | {"first_wrong_step": first}
+
+
+def identity(run: Path) -> dict[str, str]:
+    """The run's name and a fingerprint of its reward's files: whose numbers these are."""
+    root, directory = locate_reward(run)
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix == ".safetensors" or path.name == "head.json":
+            digest.update(path.name.encode() + b"\0")
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {"run": root.resolve().name, "reward_sha256": digest.hexdigest()[:16]}
+
+
+def rounded(value: float | None) -> float | None:
+    """None for -inf, the score of a trace that names no answer."""
+    return None if value is None or not np.isfinite(value) else round(float(value), DIGITS)
+
+
+def rounded_list(values: Floats) -> list[float]:
+    return np.round(values, DIGITS).tolist()
+
+
+class Pace:
+    """Says every few seconds how far a file has been read."""
+
+    def __init__(self, say: Say) -> None:
+        self._say, self._began = say, time.monotonic()
+        self._last, self.rows = self._began, 0
+
+    def told(self, rows: int) -> None:
+        self.rows += rows
+        now = time.monotonic()
+        if now - self._last >= _TELL_EVERY:
+            self._last = now
+            self._say(f"{self.rows} traces scored, {self._rate():.0f} a second")
+
+    def ended(self, tally: Tally, target: str | None = None) -> None:
+        """UserError when nothing was scored: the file had no trace that could be."""
+        if tally.too_long:
+            self._say(f"{tally.too_long} traces passed over as too long (--too-long skip): the first, {tally.reason}")
+        where = "" if target is None else f" to {target}"
+        self._say(f"{self.rows} traces scored{where}, {self._rate():.0f} a second")
+
+    def _rate(self) -> float:
+        return self.rows / max(time.monotonic() - self._began, 1e-9)
