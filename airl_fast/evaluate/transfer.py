@@ -22,8 +22,6 @@ from airl_fast.evaluate.policies import Samples
 from airl_fast.evaluate.scoring import score_all
 from airl_fast.evaluate.sources import (
     Say,
-    Source,
-    TaskSource,
     find_policy,
     find_task,
     fit_prompts,
@@ -104,35 +102,23 @@ def transfer(run: Path, options: Options, say: Say) -> tuple[Cell, ...]:
         known = training_prompts(own.config)
         for task, some in zip(tasks, examples, strict=True):
             known.refuse((f"{task.label}, {options.split} prompt {example.id}", example.prompt) for example in some)
-    demonstrations = load_material(own.config).train
+    demonstrations = load_material(own.config).train  # of the reward's own task; vLLM's sentinel probes with them too
+    per_prompt = options.samples or own.config.evaluate.samples
+    too_long = options.too_long or own.config.data.too_long
     cells = []
     for source in sources:
         judge = with_policy(own, source)
         thresholds = calibrate(judge, _readable(judge, demonstrations[: own.config.evaluate.prompts]))
-        for task, some in zip(tasks, examples, strict=True):
+        # Of all tasks first: what is too long is refused before anything is sampled.
+        there = [with_task(judge, task.task) for task in tasks]
+        fitting = [fit_prompts(each, some, too_long, say) for each, some in zip(there, examples, strict=True)]
+        for task, each, some, fit in zip(tasks, there, examples, fitting, strict=True):
             say(f"{source.label} on {task.label}")
-            cells.append(_cell(run, judge, source, task, some, demonstrations, thresholds, options, say))
+            samples = sample(each, source, fit, per_prompt, demonstrations, run, say)
+            samples = fit_samples(each, samples, too_long, say)
+            left_out = len(some) - len(samples.examples)
+            cells.append(measure(each, source.label, task.label, samples, thresholds, left_out=left_out))
     return tuple(cells)
-
-
-def _cell(
-    run: Path,
-    judge: Judge,
-    source: Source,
-    task: TaskSource,
-    examples: Sequence[Example],
-    demonstrations: Sequence[Example],
-    thresholds: Thresholds,
-    options: Options,
-    say: Say,
-) -> Cell:
-    there = with_task(judge, task.task)
-    too_long = options.too_long or judge.config.data.too_long
-    fitting = fit_prompts(there, examples, too_long, say)
-    # vLLM's sentinel probes with demonstrations of the reward's own task.
-    samples = sample(there, source, fitting, options.samples or judge.config.evaluate.samples, demonstrations, run, say)
-    samples = fit_samples(there, samples, too_long, say)
-    return measure(there, source.label, task.label, samples, thresholds, left_out=len(examples) - len(samples.examples))
 
 
 def measure(

@@ -22,19 +22,20 @@ _STEPS = {"reward": "learned reward", "chance": "chance (exact)", "logprob": "lo
 def render(cells: Sequence[Cell]) -> str:
     """One cell in full, several as matrices with policies down and tasks across."""
     parts = [_one(cells[0])] if len(cells) == 1 else _matrices(cells)
-    notes = []
-    for cell in cells:
-        note = f"{cell.policy} on {cell.task}: {cell.prompts} prompts, {cell.samples} samples each"
-        note += f", {cell.left_out} prompts left out as too long" if cell.left_out else ""
-        note += f", {cell.auroc_within.prompts} prompts with both right and wrong samples"
-        note += f"; {cell.located} traces with a wrong step ({cell.errors})." if cell.errors else (
-            "; no wrong steps are known, because these prompts have no demonstrations to perturb."
-        )  # fmt: skip
-        notes.append(note)
-    notes.append(
-        "AUROC: reward against correctness, 0.5 is chance. Gain: pass@1 picked by the reward minus at random, in "
-        "points, paired over prompts. Intervals: 95% over prompts."
-    )
+    parts.append(as_text(Grid(
+        headings=("policy", "task", "prompts", "too long", "samples", "with both", "wrong steps known", "of"),
+        rows=tuple((
+            cell.policy, cell.task, str(cell.prompts), str(cell.left_out), str(cell.samples),
+            str(cell.auroc_within.prompts), str(cell.located), cell.errors or ABSENT,
+        ) for cell in cells),
+        words=True,
+    )))  # fmt: skip
+    notes = [
+        "AUROC: reward against correctness, over the prompts with both right and wrong samples; 0.5 is chance. Gain: "
+        "pass@1 picked by the reward minus at random, in points, paired over prompts. Intervals: 95% over prompts."
+    ]
+    if any(cell.errors is None for cell in cells):
+        notes.append("No wrong steps are known where prompts have no demonstrations to perturb.")
     return "\n".join([*parts, paragraph(notes)])
 
 

@@ -88,7 +88,7 @@ def _add_curve(figure: go.Figure, name: str, colour: str, logged: Series, scale:
     mode = "lines" if len(steps) > 30 else "lines+markers"
     common = {"x": steps[::every], "name": name, "legendgroup": name, "mode": mode}
     faint = {"color": see_through(colour, 0.35), "width": 1}
-    figure.add_scatter(y=drawn, line=faint, hovertemplate="%{y:.4g}", **common)
+    figure.add_scatter(y=drawn, line=faint, hovertemplate="%{y:.4~g}", **common)
     figure.add_scatter(y=mean, line={"color": colour, "width": 2.2}, hoverinfo="skip", showlegend=False, **common)
 
 
@@ -102,7 +102,7 @@ def _phase_panel(run: RunData, number: int, phases: dict[str, Series], several: 
         colour = PHASE_COLOURS[place % len(PHASE_COLOURS)]
         figure.add_scatter(
             x=steps[::every], y=significant(seconds), name=phase, stackgroup="phases", mode="lines",
-            line={"width": 0.5, "color": colour}, fillcolor=see_through(colour, 0.75), hovertemplate="%{y:.4g} s",
+            line={"width": 0.5, "color": colour}, fillcolor=see_through(colour, 0.75), hovertemplate="%{y:.4~g} s",
         )  # fmt: skip
     figure.update_yaxes(rangemode="tozero")
     title = f"Seconds per step: {run.name}" if several else "Seconds per step"

@@ -220,12 +220,11 @@ def _localisation_panels(rewards: Sequence[tuple[int, RunData, RewardRecord]]) -
             alone = [PINK if name.startswith("logprob") else BLUE for name in rules]
             _add_bars(figure, run.name, known, measure, alone if len(rewards) == 1 else run_colour(number))
             chance = reward.localisation["chance"]
-            colour = INK if len(rewards) == 1 else run_colour(number)
             named = len(rewards) == 1
-            _add_baseline(figure, measure(chance).value, colour, "dash", "chance", "right" if named else None)
+            _add_baseline(figure, measure(chance).value, "dash", "chance", "right" if named else None)
             position = reward.localisation.get("majority_position")
             if position is not None:
-                _add_baseline(figure, measure(position).value, colour, "dot", "position", "left" if named else None)
+                _add_baseline(figure, measure(position).value, "dot", "position", "left" if named else None)
         figure.update_layout(barmode="group", bargap=0.35, margin_t=24)
         figure.update_xaxes(range=[0, 105], showgrid=True)
         figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -272,12 +271,12 @@ def _add_bars(figure: go.Figure, name: str, known: Sequence[tuple[str, Localisat
 
 
 def _add_baseline(
-    figure: go.Figure, value: float, colour: str, dash: str, label: str, anchor: Literal["left", "right"] | None
+    figure: go.Figure, value: float, dash: str, label: str, anchor: Literal["left", "right"] | None
 ) -> None:
     """anchor: which end of its name stands at the line; None leaves the name out."""
     place = {"yref": "paper", "y": 1.0, "yanchor": "bottom", "xanchor": anchor, "xshift": 0, "font_size": 10}
     figure.add_vline(
         x=round(100 * value, 4),
-        line={"color": colour, "dash": dash, "width": 1.5},
+        line={"color": INK, "dash": dash, "width": 1.5},
         annotation={"text": f" {label} {100 * value:.0f} ", **place} if anchor else None,
     )

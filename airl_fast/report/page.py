@@ -52,7 +52,7 @@ def render(runs: Sequence[RunData], split: str = "test") -> str:
 
     from airl_fast.report.curves import curve_panels, time_panels
     from airl_fast.report.figures import evaluation_panels
-    from airl_fast.report.style import GRID, INK, SURFACE, run_colour
+    from airl_fast.report.style import BLUE, GRID, INK, SURFACE, run_colour
     from airl_fast.report.tables import differing_settings, summary_groups
     from airl_fast.report.tokens import token_views
 
@@ -62,7 +62,7 @@ def render(runs: Sequence[RunData], split: str = "test") -> str:
     data = {
         "views": views,
         "plots": {f"plot-{panel.id}": panel.figure.to_plotly_json() for panel in panels},
-        "colours": {"ink": INK, "surface": SURFACE, "grid": GRID},
+        "colours": {"ink": INK, "surface": SURFACE, "grid": GRID, "blue": BLUE},
     }
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return page.from_string(_static("page.html")).render(

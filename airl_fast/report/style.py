@@ -1,7 +1,7 @@
 """How the report's plots look in both themes.
 
-Colours are those of Okabe and Ito. The page replaces the three colours below by those of the theme, so that a plot
-follows it; every other colour reads on light and on dark.
+Colours are those of Okabe and Ito. The page replaces ink, surface, grid and blue by those of the theme, so that a
+plot follows it; every other colour reads on light and on dark.
 """
 
 from collections.abc import Iterable
@@ -51,8 +51,9 @@ def layout(x: str, y: str, *, percent: bool = False, legend: bool = False, unifi
         yaxis=dict(title_text=y, range=[-2, 102] if percent else None, **axis),
         hovermode="x unified" if unified else "closest",
         hoverlabel={"bgcolor": SURFACE, "bordercolor": GRID, "font": {"color": INK, "family": FONT}, "namelength": -1},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": INK},
         showlegend=legend,
-        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "font_size": 11},
+        legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0, "font_size": 11},
     )
 
 

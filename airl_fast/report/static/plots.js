@@ -2,9 +2,11 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // Only buttons that stay in the page: plotly also has some that lead to its own site.
+  const buttons = ["toImage", "zoom2d", "pan2d", "resetScale2d"];
+  const config = { responsive: true, displaylogo: false, modeBarButtons: [buttons] };
 
-  // The three colours that stand for the theme's are replaced in the text of a figure.
+  // The colours that stand for the theme's are replaced in the text of a figure.
   function themed(figure) {
     const style = getComputedStyle(document.documentElement);
     let text = JSON.stringify(figure);

@@ -308,7 +308,7 @@
       ["reward", number(trace.r[index])],
       ["standardised", number(standardised[index])],
       ["discounted", number(discounted[index])],
-      ["log-probability", number(trace.l[index])],
+      ["log-probability", number(trace.l[index], 4)],
     ]) {
       const row = table.insertRow();
       row.append(make("th", "", name), make("td", "", value));
