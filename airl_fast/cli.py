@@ -14,6 +14,7 @@ from airl_fast.commands import (
     evaluate,
     export,
     generate,
+    localize,
     machine,
     report,
     rerank,
@@ -25,7 +26,22 @@ from airl_fast.commands import (
 from airl_fast.errors import UserError
 
 # In the order that `airl-fast --help` lists them.
-COMMANDS = (train, ablate, evaluate, report, score, rerank, transfer, compare, generate, export, serve, data, machine)
+COMMANDS = (
+    train,
+    ablate,
+    evaluate,
+    report,
+    score,
+    localize,
+    rerank,
+    transfer,
+    compare,
+    generate,
+    export,
+    serve,
+    data,
+    machine,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

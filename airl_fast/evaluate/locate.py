@@ -18,6 +18,7 @@ from airl_fast.evaluate.localise import (
     Localisation,
     Rule,
     StepScores,
+    TraceHits,
     calibrate_threshold,
     chance_hits,
     position_suspicion,
@@ -65,21 +66,27 @@ def locate(
     truth: int64 [S], the first wrong step, -1 for none. prompts: labels [S] to resample by. Empty when no trace has a
     wrong step. Rule first_below is left out where nothing could be calibrated.
     """
+    steps = {name: step_scores(getattr(scored, name), settings.step_score) for name in SIGNALS}
+    hits = hits_by_name(steps, truth, settings, thresholds)
+    return {name: summarise_hits(each, prompts=prompts) for name, each in hits.items()}
+
+
+def hits_by_name(
+    steps: Mapping[str, StepScores], truth: ArrayLike, settings: EvaluateConfig, thresholds: Thresholds
+) -> dict[str, TraceHits]:
+    """What `locate` measures, trace by trace, from the scores of their steps by signal."""
     truth = np.asarray(truth, dtype=np.int64)
     if not (truth >= 0).any():
         return {}
-    found: dict[str, Localisation] = {}
+    found: dict[str, TraceHits] = {}
     for name in SIGNALS:
-        steps = step_scores(getattr(scored, name), settings.step_score)
         for rule in get_args(Rule):
             if rule == "first_below" and name not in thresholds:
                 continue
-            hits = trace_hits(steps, suspicion(steps, rule, thresholds.get(name)), truth)
-            found[name if rule == settings.localise else f"{name}_{rule}"] = summarise_hits(hits, prompts=prompts)
-    steps = step_scores(scored.reward, settings.step_score)
-    found["chance"] = summarise_hits(chance_hits(steps, truth), prompts=prompts)
-    by_position = trace_hits(steps, position_suspicion(steps, truth), truth)
-    found["majority_position"] = summarise_hits(by_position, prompts=prompts)
+            hits = trace_hits(steps[name], suspicion(steps[name], rule, thresholds.get(name)), truth)
+            found[name if rule == settings.localise else f"{name}_{rule}"] = hits
+    found["chance"] = chance_hits(steps["reward"], truth)
+    found["majority_position"] = trace_hits(steps["reward"], position_suspicion(steps["reward"], truth), truth)
     return found
 
 
