@@ -70,6 +70,20 @@ def check_guidable(judge: Judge) -> None:
         )
 
 
+def reweighed(
+    logits: torch.Tensor, candidates: torch.Tensor, rewards: torch.Tensor, beta: float, temperature: float
+) -> torch.Tensor:
+    """logits f32 [R, V] + T β A(s, a): the temperature T that they will be divided by leaves β A. Temperature 0 is
+    greedy among π(a | s) exp(β r(s, a)), π at temperature 1.
+
+    candidates: int64 [R, k], distinct in a row. rewards: f32 [R, k], theirs.
+    """
+    scale = temperature or 1.0
+    weights = (logits.gather(-1, candidates) / scale).softmax(-1)
+    advantages = rewards - (weights * rewards).sum(-1, keepdim=True)
+    return logits.scatter_add(-1, candidates, scale * beta * advantages)
+
+
 class Reweighing:
     """The guide of one batch of drafts; see `rollout.stepwise.Guide`."""
 
@@ -81,20 +95,17 @@ class Reweighing:
         self._ids: torch.Tensor | None = None
 
     def shift(self, rows: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """logits f32 [R, V] + T β A(s, a): the temperature T that they will be divided by leaves β A."""
+        """See `reweighed`; first the tokens that the rows drew are read."""
         if self._ids is not None:
             place = {row: i for i, row in enumerate(self._rows)}
             self._cursor.read(self._ids, torch.tensor([place[row] for row in rows], device=logits.device))
             self._count(rows, 1)
         self._rows = tuple(rows)
-        temperature = self._session.params.temperature or 1.0  # a greedy choice is made among π exp(β r) as it stands
-        likeliest, candidates = logits.topk(self._top_k, dim=-1)
+        candidates = logits.topk(self._top_k, dim=-1).indices
         rewards = self._cursor.rewards(candidates, logits.log_softmax(-1).gather(-1, candidates))
         if self._cursor.tries:
             self._count(rows, self._top_k)
-        weights = (likeliest / temperature).softmax(-1)
-        advantages = rewards - (weights * rewards).sum(-1, keepdim=True)
-        return logits.scatter_add(-1, candidates, temperature * self._beta * advantages)
+        return reweighed(logits, candidates, rewards, self._beta, self._session.params.temperature)
 
     def taken(self, ids: torch.Tensor) -> None:
         self._ids = ids

@@ -1,16 +1,13 @@
 """The discriminator token by token is the discriminator of the whole; and what the shift of the logits does."""
 
-from types import SimpleNamespace
-
-import numpy as np
 import pytest
 import torch
 
 from airl_fast.guided.cursor import Cursor
-from airl_fast.guided.tokens import Reweighing
+from airl_fast.guided.tokens import reweighed
 from airl_fast.models.forward import token_logprobs
 from airl_fast.pack import pack
-from tests.airl_fast.model_cases import CPU, language_model, trace
+from tests.airl_fast.model_cases import CPU, trace
 from tests.airl_fast.test_discriminator import HEADS, discriminator
 
 PROMPTS = [(5, 9, 1, 22, 7), (4,), (8, 8, 30, 2, 1, 1, 6), (31, 12)]
@@ -43,30 +40,10 @@ def test_rewards_of_candidates_are_those_of_the_whole_trace(head, prompts):
         rows = [rows[i] for i in keep]
 
 
-class FixedRewards:
-    """In the place of a cursor: rewards that are known."""
-
-    tries = False
-
-    def __init__(self, table: torch.Tensor) -> None:
-        self.table = table
-
-    def rewards(self, candidates, logprobs):
-        return self.table.gather(-1, candidates)
-
-
 def shifted(logits, rewards, *, beta, top_k, temperature=1.0):
-    session = SimpleNamespace(
-        params=SimpleNamespace(temperature=temperature),
-        judge=SimpleNamespace(model=discriminator("action")),
-        policy=None,
-        lm=language_model(vocab_size=logits.shape[1]),
-        prompt=lambda draft: (1,),
-        scored=np.zeros(1),
-    )
-    guide = Reweighing(session, [SimpleNamespace(tokens=(), problem=0)] * len(logits), beta, top_k)
-    guide._cursor = FixedRewards(rewards)
-    return guide.shift(range(len(logits)), logits)
+    """rewards: of every token, [R, V]."""
+    candidates = logits.topk(top_k, dim=-1).indices
+    return reweighed(logits, candidates, rewards.gather(-1, candidates), beta, temperature)
 
 
 def test_beta_one_turns_the_policy_into_the_expert():
@@ -104,3 +81,9 @@ def test_tokens_without_a_reward_never_gain():
     assert (share_after <= share_before + 1e-6).all() and (share_after < 0.5 * share_before).any()
     relative = after[outside].view(50, -1) / before[outside].view(50, -1)
     torch.testing.assert_close(relative, relative[:, :1].expand_as(relative))  # among themselves nothing moves
+
+
+def test_greedy_takes_the_most_likely_under_the_reweighed_policy():
+    logits, rewards = torch.tensor([[2.0, 1.5, 0.0]]), torch.tensor([[0.0, 1.0, 1.2]])
+    assert shifted(logits, rewards, beta=0.4, top_k=3, temperature=0.0).argmax().item() == 0  # 2.0 against 1.9
+    assert shifted(logits, rewards, beta=0.6, top_k=3, temperature=0.0).argmax().item() == 1  # 2.0 against 2.1
