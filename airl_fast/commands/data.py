@@ -14,7 +14,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         ("prepare", "write a split of a task as JSON Lines"),
         ("validate", "check a JSON Lines file, or every split of a task"),
         ("preview", "print a few prompts with their demonstrations"),
-        ("perturb", "print a few perturbed demonstrations with what changed"),
+        ("perturb", "print a few perturbed demonstrations with what changed, or write them as labelled traces"),
     ):
         action = data.add_parser(name, help=text)
         action.add_argument("task", help="a task's name, or a JSON Lines file")
@@ -23,7 +23,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         )
         action.add_argument("--split", choices=("train", "dev", "test", "warmstart"), default="train")
         action.add_argument("-n", type=int, help="how many to print (default: 3), or at most to write (default: all)")
-        action.add_argument("-o", "--out", help="file to write (prepare)")
+        action.add_argument("-o", "--out", help="file to write (prepare, perturb)")
+        if name == "perturb":
+            action.add_argument("--copies", type=int, default=1, help="with -o: perturbations of each demonstration")
+            action.add_argument("--seed", type=int, default=0, help="with -o: of what is changed")
+            action.add_argument("--originals", action="store_true", help="with -o: also write the demonstrations as is")
         action.set_defaults(command=_data, action=name)
 
 
@@ -50,6 +54,17 @@ def _data(arguments: argparse.Namespace) -> int:
         print("\n".join(map(str, inspection.validate_task(task))))
     elif arguments.action == "preview":
         print(inspection.preview(task, arguments.split, arguments.n or 3))
+    elif arguments.out is not None:
+        if arguments.copies < 1:
+            raise UserError(f"--copies {arguments.copies}: give a whole number from 1.")
+        written = inspection.write_perturbed(
+            task, arguments.split, arguments.out, arguments.n,
+            copies=arguments.copies, seed=arguments.seed, originals=arguments.originals,
+        )  # fmt: skip
+        print(
+            f"{written.perturbed} perturbed demonstrations and {written.originals} as they are written to "
+            f"{arguments.out}; {written.unchanged} perturbations applied to nothing"
+        )
     else:
         print(inspection.preview_perturbations(task, arguments.split, arguments.n or 3))
     return 0

@@ -3,7 +3,8 @@
 import json
 import os
 import random
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
@@ -118,19 +119,23 @@ def prepare(task: Task, split: Split, out: str, limit: int | None = None) -> int
     if split == "test":
         raise UserError("data prepare: the test split is for evaluation only; prepare train, dev or warmstart.")
     examples = task.load(split, limit)
+    _write_lines(out, ({"prompt": e.prompt, "expert": e.expert, "answer": e.answer} for e in examples))
+    return len(examples)
+
+
+def _write_lines(out: str, rows: Iterable[Mapping[str, object]]) -> None:
+    """One object a line; the file is there once it is complete. UserError for one that exists or is unwritable."""
     target = Path(out)
     if target.exists():
         raise UserError(f"{out}: exists already; choose another name or remove it.")
     partial = target.with_name(target.name + ".part")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for example in examples:
-                row = {"prompt": example.prompt, "expert": example.expert, "answer": example.answer}
+            for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another place.") from error
-    return len(examples)
 
 
 def preview(task: Task, split: Split = "train", n: int = 3) -> str:
@@ -174,6 +179,74 @@ def preview_perturbations(
         diff = list(unified_diff(before, after, lineterm="", n=len(before)))[3:]
         blocks.append("\n".join([heading, *diff]))
     return "\n\n".join(blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerturbedFile:
+    """Rows written: perturbed demonstrations, untouched ones beside them, and those nothing could be changed in."""
+
+    perturbed: int
+    originals: int
+    unchanged: int
+
+
+def write_perturbed(
+    task: Task,
+    split: Split,
+    out: str,
+    limit: int | None = None,
+    *,
+    copies: int = 1,
+    seed: int = 0,
+    originals: bool = False,
+    propagate_rate: float = 0.5,
+) -> PerturbedFile:
+    """Perturbed demonstrations as JSON Lines of traces, labelled with the step that holds the first changed character.
+
+    copies: perturbations of each demonstration. originals: also write the demonstration itself, without a wrong step.
+    The kind of change is the row's group. UserError for a split without demonstrations, and as `prepare`.
+    """
+    examples = [example for example in task.load(split, limit) if example.expert is not None]
+    if not examples:
+        raise UserError(
+            f"data perturb: the {split} split of {task.name} holds no demonstration; choose another --split."
+        )
+    rng = random.Random(f"{seed}/perturb")
+    counts = {"perturbed": 0, "originals": 0, "unchanged": 0}
+
+    def rows() -> Iterator[dict[str, object]]:
+        for example in examples:
+            if originals:
+                counts["originals"] += 1
+                yield _trace_row(task, example, example.id, example.expert, None, "original")
+            for copy in range(copies):
+                change = task.perturb(example, example.expert, rng, propagate_rate=propagate_rate)
+                if change is None:
+                    counts["unchanged"] += 1
+                    continue
+                counts["perturbed"] += 1
+                name = f"{example.id}/perturbed-{copy}"
+                yield _trace_row(task, example, name, change.text, change.first_changed, change.kind)
+
+    _write_lines(out, rows())
+    return PerturbedFile(**counts)
+
+
+def _trace_row(
+    task: Task, example: Example, name: str, text: str, changed: int | None, group: str
+) -> dict[str, object]:
+    """changed: offset of the first wrong character, None for a trace without one."""
+    ends = task.step_ends(text)
+    return {
+        "id": name,
+        "prompt": example.prompt,
+        "completion": text,
+        "step_ends": ends,
+        "answer": example.answer,
+        "correct": task.verify(example, text),
+        "first_wrong_step": None if changed is None else bisect_right(ends, changed),
+        "group": group,
+    }
 
 
 def _indent(piece: str) -> str:

@@ -2,8 +2,9 @@
 
 Three layouts are known by their fields:
 
-- ours: `prompt` and either `completion` (the text as it was written) or `steps` (a list of strings, put into think
-  tags) with `final_answer`; labels `answer` (the gold), `correct`, `first_wrong_step` (0-based, null for none);
+- ours: `prompt` and either `completion` (the text as it was written; with `step_ends`, character offsets one past the
+  end of each step, the last one its length) or `steps` (a list of strings, put into think tags) with `final_answer`;
+  labels `answer` (the gold), `correct`, `first_wrong_step` (0-based, null for none), `group`;
 - GSM8K's published model solutions: `question`, `solution`, `pred`, `gold`, `is_correct`;
 - BIG-Bench Mistake: `question`, `steps`, `answer`, `gold`, `answer_correct`, `first_error`.
 """
@@ -77,7 +78,8 @@ def _own(path: Path, number: int, row: dict) -> tuple[TraceRow, TraceLabels]:
     if ("completion" in row) == ("steps" in row):
         raise UserError(f"{path}:{number}: give either 'completion' or 'steps', and one of them only.")
     if "completion" in row:
-        text, ends = text_field(path, number, row, "completion"), None
+        text = text_field(path, number, row, "completion")
+        ends = _step_ends(path, number, row, len(text))
     else:
         text, ends = join_steps(_steps(path, number, row), _optional(path, number, row, "final_answer"))
     labels = TraceLabels(
@@ -138,6 +140,19 @@ def _steps(path: Path, number: int, row: dict) -> list[str]:
     if not isinstance(steps, list) or not all(isinstance(s, str) for s in steps) or not "".join(steps).strip():
         raise UserError(f"{path}:{number}: 'steps' must be a list of strings that say something; correct the line.")
     return steps
+
+
+def _step_ends(path: Path, number: int, row: dict, length: int) -> tuple[int, ...] | None:
+    ends = row.get("step_ends")
+    if ends is None:
+        return None
+    rises = isinstance(ends, list) and all(type(end) is int for end in ends) and ends == sorted(set(ends))
+    if not rises or not ends or ends[0] < 1 or ends[-1] != length:
+        raise UserError(
+            f"{path}:{number}: 'step_ends' must be whole numbers that rise from 1 or more to {length}, the length of "
+            "'completion' in characters; correct them, or leave them out and the task cuts the steps."
+        )
+    return tuple(ends)
 
 
 def _optional(path: Path, number: int, row: dict, key: str) -> str | None:

@@ -8,7 +8,8 @@ from airl_fast.evaluate.located import Section
 from airl_fast.evaluate.naming import GIVEN, Naming
 from airl_fast.evaluate.tables import Grid, as_text, paragraph, percent, percent_value, plain
 
-_NAMES = {"reward": "reward", "logprob": "log-probability"}
+_NAMES = {"reward": "reward", "logprob": "log-prob."}
+_FIRST = ("reward", "logprob", "chance", "majority_position")
 _OTHERS = {"chance": "chance (exact)", "majority_position": "most frequent position"}
 
 
@@ -18,11 +19,11 @@ def render(sections: Sequence[Section], chosen: Naming, notes: Sequence[str] = (
     parts = []
     if whole.localise:
         parts.append(as_text(_localise(whole, chosen)))
-        if groups:
-            parts.append(as_text(_localise_groups(groups)))
+        if any(group.localise for group in groups):
+            parts.append(as_text(_localise_groups([group for group in groups if group.localise])))
     if whole.detect:
         parts.append(as_text(_detect(whole)))
-        if groups:
+        if any(group.detect for group in groups):
             parts.append(as_text(_detect_groups(groups)))
     parts.append(paragraph([*_notes(whole, chosen), *notes]))
     return "\n".join(parts)
@@ -31,7 +32,7 @@ def render(sections: Sequence[Section], chosen: Naming, notes: Sequence[str] = (
 def _localise(section: Section, chosen: Naming) -> Grid:
     rows = [
         (_label(name, chosen), percent(each.hit_at_1), percent(each.hit_within_1), percent(each.mrr))
-        for name, each in section.localise.items()
+        for name, each in sorted(section.localise.items(), key=lambda item: _place(item[0]))
     ]
     heading = f"first wrong step, {section.wrong} traces"
     return Grid(headings=(heading, "Hit@1 [95%]", "Hit@±1 [95%]", "MRR [95%]"), rows=tuple(rows))
@@ -79,18 +80,23 @@ def _detect_groups(groups: Sequence[Section]) -> Grid:
     return Grid(headings=headings, rows=tuple(rows))
 
 
+def _place(name: str) -> int:
+    """The rule in use and its baselines come first, the other rules in their order after them."""
+    return _FIRST.index(name) if name in _FIRST else len(_FIRST)
+
+
 def _label(name: str, chosen: Naming) -> str:
     if name in _OTHERS:
         return _OTHERS[name]
     signal, _, rule = name.partition("_")
-    return f"{_NAMES[signal]}, {(rule or chosen.rule).replace('_', ' ')}{'' if rule else ' (the rule)'}"
+    return f"{_NAMES[signal]}, {(rule or chosen.rule).replace('_', ' ')}{'' if rule else ' *'}"
 
 
 def _notes(whole: Section, chosen: Naming) -> list[str]:
     threshold = "" if chosen.threshold is None else f", threshold {chosen.threshold:.4g} from {chosen.origin}"
     notes = [
         f"{whole.traces} traces with a label: {whole.wrong} have {whole.error}, {whole.without} have none.",
-        f"The rule is {chosen.rule}{threshold}.",
+        f"{'* ' if whole.localise else ''}The rule in use: {chosen.rule.replace('_', ' ')}{threshold}.",
     ]
     if whole.alarms:
         sides = [
@@ -100,7 +106,7 @@ def _notes(whole: Section, chosen: Naming) -> list[str]:
         ]
         notes.append(f"Some step lies below the threshold {' and '.join(sides)}.")
     if chosen.origin == GIVEN:
-        notes.append("The log-probability has no threshold of its own here, so its first below is left out.")
+        notes.append("The log-probability has no threshold of its own here, so its first-below row is left out.")
     if whole.localise:
         notes.append("Most frequent position is read off these labels: the most that guessing by position can score.")
     if not whole.detect:

@@ -206,19 +206,21 @@ class Pace:
 
     def __init__(self, say: Say) -> None:
         self._say, self._began = say, time.monotonic()
-        self._last, self.rows = self._began, 0
+        self._last, self.rows, self._told = self._began, 0, -1
 
     def told(self, rows: int) -> None:
         self.rows += rows
         now = time.monotonic()
         if now - self._last >= _TELL_EVERY:
-            self._last = now
+            self._last, self._told = now, self.rows
             self._say(f"{self.rows} traces scored, {self._rate():.0f} a second")
 
     def ended(self, tally: Tally, target: str | None = None) -> None:
-        """UserError when nothing was scored: the file had no trace that could be."""
+        """target: where the rows went."""
         if tally.too_long:
             self._say(f"{tally.too_long} traces passed over as too long (--too-long skip): the first, {tally.reason}")
+        if target is None and self._told == self.rows:
+            return
         where = "" if target is None else f" to {target}"
         self._say(f"{self.rows} traces scored{where}, {self._rate():.0f} a second")
 
