@@ -14,7 +14,7 @@ from tests.airl_fast.run_cases import DATA
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 # Presets of published data: where it lies under the data folder, and the file that must be there.
-NEEDS = {"gsm8k-tiny": ("gsm8k", "train.jsonl")}
+NEEDS = {"gsm8k-tiny": ("gsm8k", "train.jsonl"), "gsm8k-reward": ("gsm8k", "train.jsonl")}
 
 
 def load(name: str, *words: str) -> Config:
@@ -76,7 +76,7 @@ def test_a_preset_that_makes_its_model_dry_runs(
     config = load(name)
     assert f"algorithm       {config.algorithm}, {config.steps} steps, seed 0" in said
     assert said.endswith("dry run: configuration, data and models fit together; nothing was written.\n")
-    assert ("discriminator   " in said) == (config.algorithm == "airl")
+    assert ("discriminator   " in said) == config.learns_reward
     assert list(tmp_path.iterdir()) == []
 
 
