@@ -83,8 +83,11 @@ def _reward_grid(rows: Sequence[Row]) -> Grid:
 def _difference_grid(rows: Sequence[Row]) -> Grid:
     measures = ("pass_at_1", "rerank", "localise", "auroc")
     return Grid(
-        headings=(f"minus {rows[0].name}", "trained pass@1", "rerank pass@1", "Hit@1", "AUROC x 100"),
-        rows=tuple((row.name, *(signed_percent(row.difference(rows[0], m)) for m in measures)) for row in rows[1:]),
+        headings=(f"minus {rows[0].name}", "trained pass@1", "rerank pass@1", "step Hit@1", "AUROC x 100"),
+        rows=tuple(
+            (row.name, *(signed_percent(row.difference(rows[0], m)).replace(", ", ",") for m in measures))
+            for row in rows[1:]
+        ),
     )
 
 

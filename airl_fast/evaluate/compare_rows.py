@@ -183,8 +183,14 @@ def _common_name(group: Sequence[RunRow]) -> str:
     """The runs' name without their seeds, where that is one name."""
     if len(group) == 1:
         return group[0].name
-    bare = {re.sub(rf"[-_.]?(?:seed|s)[-_=]?{run.seed}(?!\d)", "", run.name) for run in group}
+    bare = {_without_number(run.name, run.seed) for run in group}
     return bare.pop() if len(bare) == 1 and "" not in bare else _and_more(group)
+
+
+def _without_number(name: str, seed: int) -> str:
+    """ "gamma-0-seed1" is "gamma-0", and so is "gamma-0-1"."""
+    bare = re.sub(rf"[-_.]?(?:seed|s)[-_=]?{seed}(?!\d)", "", name)
+    return bare if bare != name else re.sub(rf"[-_.]{seed}$", "", name)
 
 
 def _and_more(group: Sequence[RunRow]) -> str:
