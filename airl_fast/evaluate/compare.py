@@ -97,8 +97,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     samples = " or ".join(map(str, chosen_from)) if chosen_from else ABSENT
     notes = [
         f"Rates in per cent. Rerank: one of {samples} samples of the start policy, picked by the reward; random: "
-        "picked at random. Step Hit@1: the reward names the first wrong step. AUROC: reward against correctness within a "
-        "prompt; 0.5 is chance."
+        "picked at random. Step Hit@1: the reward names the first wrong step. AUROC: reward against correctness "
+        "within a prompt; 0.5 is chance."
     ]
     single, several = (any((len(row.runs) > 1) is kind for row in rows) for kind in (False, True))
     if single:
