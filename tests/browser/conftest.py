@@ -69,5 +69,5 @@ def visit(browser) -> Iterator:
     yield visit
     for watched, file in opened:
         assert watched.said == []
-        assert [url for url in watched.asked if not url.startswith(("data:", "blob:"))] == [file.as_uri()]
+        assert {url for url in watched.asked if not url.startswith(("data:", "blob:"))} == {file.as_uri()}
         watched.page.context.close()
