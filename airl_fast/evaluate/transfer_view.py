@@ -135,11 +135,13 @@ def as_document(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def _heat(
     axis: Axes, values: np.ndarray, centre: float, reach: float, spell: str, tasks: Sequence[str], title: str
 ) -> None:
-    axis.imshow(np.ma.masked_invalid(values), cmap="PuOr", vmin=centre - reach, vmax=centre + reach, aspect="auto")
+    axis.imshow(
+        np.ma.masked_invalid(values), cmap="PuOr", vmin=centre - reach, vmax=centre + reach, aspect="auto", zorder=2
+    )
     for (row, column), value in np.ndenumerate(values):
         dark = abs(value - centre) > 0.6 * reach
         text = ABSENT if np.isnan(value) else spell.format(value)
-        axis.text(column, row, text, ha="center", va="center", color="white" if dark else "black", size=11)
+        axis.text(column, row, text, ha="center", va="center", color="white" if dark else "black", size=11, zorder=3)
     axis.set_xticks(range(len(tasks)), tasks)
     axis.set_title(title)
 
