@@ -2,9 +2,9 @@
 
 The first line is a `Record`: figures over all samples of the evaluation. Each further line is a `RecordedTrace` with
 its values per token: samples of the start policy and perturbed demonstrations, the prompts in their order and each
-prompt whole, up to `MAX_TRACES` samples and `MAX_TOKENS` tokens of them (one prompt at least). Everything is computed from
-scores that the evaluation has already taken; only perturbed demonstrations of a task that knows its own errors are
-scored here. No random draw of the run is touched: bootstraps and perturbations have generators of their own.
+prompt whole, up to `MAX_TRACES` samples and `MAX_TOKENS` tokens of them (one prompt at least). Everything is computed
+from scores that the evaluation has already taken; only perturbed demonstrations of a task that knows its own errors
+are scored here. No random draw of the run is touched: bootstraps and perturbations have generators of their own.
 """
 
 import gzip
