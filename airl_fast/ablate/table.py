@@ -152,7 +152,7 @@ def _draw_measure(axis: Axes, outcome: Outcome, measure: str) -> None:
         if known:
             axis.plot(known, [place] * len(known), "o", color=BLUE, alpha=0.45, markersize=4.5)
             axis.plot([np.mean(known)] * 2, [place - 0.32, place + 0.32], color="black", linewidth=1.8)
-    axis.legend(fontsize=8, loc="lower left", framealpha=0.9)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2, frameon=False)
 
 
 def _value(summary: Summary | None, measure: str) -> float | None:
@@ -185,8 +185,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _spread(values: Sequence[float], signed: bool = False) -> str:
+    """The mean with one decimal, the range in whole per cent."""
     if not values:
         return ABSENT
     sign = "+" if signed else ""
-    mean, low, high = (f"{100 * x:{sign}.1f}" for x in (np.mean(values), min(values), max(values)))
-    return rf"{mean} \[{low}, {high}]"
+    mean, low, high = 100 * np.mean(values), 100 * min(values), 100 * max(values)
+    return rf"{mean:{sign}.1f} \[{low:{sign}.0f}, {high:{sign}.0f}]"
