@@ -9,6 +9,7 @@ from airl_fast.evaluate.naming import GIVEN, Naming
 from airl_fast.evaluate.tables import Grid, as_text, paragraph, percent, percent_value, plain
 
 _NAMES = {"reward": "reward", "logprob": "log-prob."}
+_TOO_MANY = 0.9  # share of traces without an error below a threshold that says nothing any more
 _FIRST = ("reward", "logprob", "chance", "majority_position")
 _OTHERS = {"chance": "chance (exact)", "majority_position": "most frequent position"}
 
@@ -105,6 +106,11 @@ def _notes(whole: Section, chosen: Naming) -> list[str]:
             if side in whole.alarms
         ]
         notes.append(f"Some step lies below the threshold {' and '.join(sides)}.")
+        if "without" in whole.alarms and whole.alarms["without"].value > _TOO_MANY:
+            notes.append(
+                "Nearly every trace does, so the rule names first steps: the threshold is not made for these traces. "
+                "Try --rule argmin, or another --threshold."
+            )
     if chosen.origin == GIVEN:
         notes.append("The log-probability has no threshold of its own here, so its first-below row is left out.")
     if whole.localise:

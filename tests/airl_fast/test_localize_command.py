@@ -164,6 +164,16 @@ def test_given_steps_are_kept_and_merge_where_a_token_spans_two(tmp_path: Path, 
     assert figures["sections"][0]["localise"]["chance"]["hit_at_1"]["value"] == pytest.approx(1 / 3)
 
 
+def test_a_threshold_that_says_nothing_is_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = perturbed(tmp_path / "in.jsonl", "-n", 3, "--originals")
+    high, _, figures = localized(capsys, tmp_path, file, "--rule", "first_below", "--threshold", 1000)
+    assert figures["sections"][0]["alarms"]["without"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert "Nearly every trace does, so the rule names first steps" in " ".join(high.split())
+    low, predictions, figures = localized(capsys, tmp_path, file, "--rule", "first_below", "--threshold", -1000)
+    assert figures["sections"][0]["alarms"]["wrong"]["value"] == 0 and "Nearly every trace" not in low
+    assert not any(found["below_threshold"] for found in predictions)
+
+
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     example = ARITHMETIC.load("test", 1)[0]
     row = {"prompt": example.prompt, "completion": example.expert}

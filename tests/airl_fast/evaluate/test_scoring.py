@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ from airl_fast.config import EvaluateConfig
 from airl_fast.data.trace_rows import NO_ERROR
 from airl_fast.errors import UserError
 from airl_fast.evaluate.correlate import pooled_auroc, within_prompt_auroc
+from airl_fast.evaluate.judge import open_judge
 from airl_fast.evaluate.line_writer import LineWriter, check_lines_output
 from airl_fast.evaluate.localise import StepScores, TokenValues
 from airl_fast.evaluate.locate import locate
 from airl_fast.evaluate.located import UNKNOWN, Labelled, mean_estimates, measure, worst
 from airl_fast.evaluate.passk import mean_estimate
+from airl_fast.evaluate.trace_parts import Tally, read_parts, steps_of_ends
+from tests.airl_fast.run_cases import small_run
 
 # ---------------------------------------------------------------------------------------------- lines
 
@@ -68,6 +72,44 @@ def test_outputs_that_would_lose_something_are_refused(tmp_path: Path) -> None:
         check_lines_output(str(tmp_path / "none" / "x.jsonl"), [source], force=False)
     assert check_lines_output(str(other), [source], force=True) == other
     assert check_lines_output(None, [source], force=False) is None is check_lines_output("-", [source], force=False)
+
+
+# ---------------------------------------------------------------------------------------------- parts
+
+
+def test_step_ends_follow_a_text_that_the_tokenizer_normalises(tmp_path: Path) -> None:
+    first, second = "cafe\u0301 cafe\u0301\n", "a" + "\u0308 + 1"
+    row = {"prompt": "p", "completion": first + second, "step_ends": [len(first), len(first + second)]}
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    judge = open_judge(small_run())  # its tokenizer composes accents, as Qwen2's does
+    ((part, labels),) = read_parts(judge, path, Tally(), trained_on=None, skip_too_long=False, tokens=100)
+    (trace,), (ends,) = part.traces, part.step_ends
+    assert len(first) == 12 and trace.text == unicodedata.normalize("NFC", first + second)
+    assert ends == (10, 15) and trace.text[:10] == "café café\n"
+    assert steps_of_ends(judge, trace, ends) == [0, 1] and len(labels) == 1
+    scored = judge.score(part.traces, part.examples, part.step_ends)
+    spans = judge.maker.chat.token_char_spans(trace.text, trace.tokens)
+    closing = np.flatnonzero(scored.reward.step_ends)
+    assert [spans[token][1] for token in closing] == list(ends)
+
+
+def test_parts_share_prompts_and_respect_the_budget(tmp_path: Path) -> None:
+    judge, path = open_judge(small_run()), tmp_path / "in.jsonl"
+    rows = [{"id": i, "prompt": f"p{i // 3}", "completion": "1 + 1 = 2"} for i in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def parts(tokens: int) -> list:
+        return list(read_parts(judge, path, Tally(), trained_on=None, skip_too_long=False, tokens=tokens))
+
+    ((whole, _),) = parts(10_000)
+    assert [trace.group for trace in whole.traces] == [0, 0, 0, 1, 1, 1, 2]
+    assert [example.prompt for example in whole.examples] == ["p0", "p1", "p2"]
+    assert {example.answer for example in whole.examples} == {""}
+    prompt, completion = len(whole.traces[0].prompt_tokens), len(whole.traces[0].tokens)
+    assert [len(part.rows) for part, _ in parts(prompt + 2 * completion)] == [2, 1, 2, 1, 1]
+    assert [len(part.rows) for part, _ in parts(1)] == [1] * 7
+    assert [row.id for part, _ in parts(1) for row in part.rows] == list("0123456")
 
 
 # ---------------------------------------------------------------------------------------------- figures
