@@ -20,6 +20,7 @@ from airl_fast.evaluate.passk import RESAMPLES, Estimate, Floats, cluster_codes,
 UNKNOWN = -2  # a first wrong step, or a verdict, that the file does not say
 EVERYTHING = "all"
 DOUBTS = ("lowest_step", "largest_drop")  # what a trace's most suspicious step is taken by, when traces are compared
+LENGTH = "number_of_steps"  # the baseline: a longer trace has more places to go wrong in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,8 @@ class Section:
     """One group, or everything. wrong, without: traces with and without an error, by `error`: a wrong step, or (where
     the file says of no trace which step is wrong) a wrong answer.
 
-    localise: as `locate.locate`; empty without a known wrong step. detect: by "SIGNAL_DOUBT", empty unless there are
-    traces of both kinds. alarms: share of traces with a step below the reward's threshold, "wrong" and "without".
+    localise: as `locate.locate`; empty without a known wrong step. detect: by "SIGNAL_DOUBT" and LENGTH, empty unless
+    there are traces of both kinds. alarms: share of traces with a step below the reward's threshold, "wrong" and "without".
     """
 
     name: str
@@ -129,14 +130,15 @@ def _localisations(
 def _detections(labels: Labelled, wrong: NDArray[np.bool_]) -> dict[str, Detection]:
     if wrong.all() or not wrong.any():
         return {}
-    found = {}
-    for signal in SIGNALS:
-        for doubt in DOUBTS:
-            scores = worst(labels.steps[signal], doubt)
-            pooled = pooled_auroc(scores, wrong, prompts=labels.prompts)
-            within = within_prompt_auroc(scores, wrong, labels.prompts)
-            found[f"{signal}_{doubt}"] = Detection(pooled=pooled, within=within)
-    return found
+    doubts = {f"{signal}_{doubt}": worst(labels.steps[signal], doubt) for signal in SIGNALS for doubt in DOUBTS}
+    doubts[LENGTH] = labels.steps["reward"].lengths.astype(np.float64)
+    return {
+        name: Detection(
+            pooled=pooled_auroc(scores, wrong, prompts=labels.prompts),
+            within=within_prompt_auroc(scores, wrong, labels.prompts),
+        )
+        for name, scores in doubts.items()
+    }
 
 
 def worst(steps: StepScores, doubt: str) -> Floats:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from airl_fast.evaluate.located import Section
+from airl_fast.evaluate.located import LENGTH, Section
 from airl_fast.evaluate.naming import GIVEN, Naming
+from airl_fast.evaluate.summary import ABSENT
 from airl_fast.evaluate.tables import Grid, as_text, paragraph, percent, percent_value, plain
 
 _NAMES = {"reward": "reward", "logprob": "log-prob."}
@@ -58,10 +59,10 @@ def _localise_groups(groups: Sequence[Section]) -> Grid:
 def _detect(section: Section) -> Grid:
     rows = []
     for name, each in section.detect.items():
-        signal, doubt = name.split("_", 1)
+        signal, _, doubt = name.partition("_")
         rows.append(
             (
-                f"{_NAMES[signal]}, {doubt.replace('_', ' ')}",
+                name.replace("_", " ") if name == LENGTH else f"{_NAMES[signal]}, {doubt.replace('_', ' ')}",
                 plain(each.pooled),
                 plain(each.within.estimate),
                 str(each.within.prompts),
@@ -75,9 +76,11 @@ def _detect_groups(groups: Sequence[Section]) -> Grid:
     rows = []
     for group in groups:
         reward, logprob = (group.detect.get(f"{signal}_lowest_step") for signal in _NAMES)
+        length = group.detect.get(LENGTH)
         cells = (plain(reward and reward.pooled), plain(logprob and logprob.pooled))
-        rows.append((group.name, str(group.wrong), str(group.without), *cells))
-    headings = ("group, by the lowest step", "wrong", "without", "reward AUROC", "log-prob. AUROC")
+        by_length = ABSENT if length is None else f"{length.pooled.value:.3f}"
+        rows.append((group.name, f"{group.wrong}/{group.wrong + group.without}", *cells, by_length))
+    headings = ("AUROC of the lowest step", "wrong", "reward", "log-prob.", "steps")
     return Grid(headings=headings, rows=tuple(rows))
 
 
@@ -105,8 +108,9 @@ def _notes(whole: Section, chosen: Naming) -> list[str]:
             for side, words in (("wrong", "with an error"), ("without", "without one (false alarms)"))
             if side in whole.alarms
         ]
-        notes.append(f"Some step lies below the threshold {' and '.join(sides)}.")
-        if "without" in whole.alarms and whole.alarms["without"].value > _TOO_MANY:
+        whose = "the threshold" if chosen.threshold is not None else "first below's calibrated threshold"
+        notes.append(f"Some step lies below {whose} {' and '.join(sides)}.")
+        if chosen.threshold is not None and "without" in whole.alarms and whole.alarms["without"].value > _TOO_MANY:
             notes.append(
                 "Nearly every trace does, so the rule names first steps: the threshold is not made for these traces. "
                 "Try --rule argmin, or another --threshold."
@@ -115,7 +119,9 @@ def _notes(whole: Section, chosen: Naming) -> list[str]:
         notes.append("The log-probability has no threshold of its own here, so its first-below row is left out.")
     if whole.localise:
         notes.append("Most frequent position is read off these labels: the most that guessing by position can score.")
-    if not whole.detect:
+    if whole.detect:
+        notes.append("Number of steps: how far the length of a trace alone tells that it has an error.")
+    else:
         notes.append("No AUROC: it needs traces with an error and traces without.")
     return notes
 

@@ -165,6 +165,8 @@ def test_detection_is_the_auroc_of_the_most_suspicious_step() -> None:
     found = whole.detect["reward_lowest_step"]
     assert found.pooled == pooled_auroc(np.array(lowest), wrong, prompts=given.prompts)
     assert found.within == within_prompt_auroc(np.array(lowest), wrong, given.prompts)
+    length = whole.detect["number_of_steps"].pooled
+    assert length == pooled_auroc(given.steps["reward"].lengths.astype(float), wrong, prompts=given.prompts)
     alarms = np.array([-value < -0.3 for value in lowest])
     assert whole.alarms["wrong"].value == pytest.approx(alarms[wrong].mean())
     assert whole.alarms["without"].value == pytest.approx(alarms[~wrong].mean())
