@@ -25,8 +25,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         action.add_argument("-n", type=int, help="how many to print (default: 3), or at most to write (default: all)")
         action.add_argument("-o", "--out", help="file to write (prepare, perturb)")
         if name == "perturb":
-            action.add_argument("--copies", type=int, default=1, help="with -o: perturbations of each demonstration")
-            action.add_argument("--seed", type=int, default=0, help="with -o: of what is changed")
+            action.add_argument("--copies", type=int, help="with -o: perturbations of each demonstration (default: 1)")
+            action.add_argument("--seed", type=int, help="with -o: of what is changed (default: 0)")
             action.add_argument("--originals", action="store_true", help="with -o: also write the demonstrations as is")
         action.set_defaults(command=_data, action=name)
 
@@ -55,17 +55,20 @@ def _data(arguments: argparse.Namespace) -> int:
     elif arguments.action == "preview":
         print(inspection.preview(task, arguments.split, arguments.n or 3))
     elif arguments.out is not None:
-        if arguments.copies < 1:
-            raise UserError(f"--copies {arguments.copies}: give a whole number from 1.")
+        copies = 1 if arguments.copies is None else arguments.copies
+        if copies < 1:
+            raise UserError(f"--copies {copies}: give a whole number from 1.")
         written = inspection.write_perturbed(
             task, arguments.split, arguments.out, arguments.n,
-            copies=arguments.copies, seed=arguments.seed, originals=arguments.originals,
+            copies=copies, seed=arguments.seed or 0, originals=arguments.originals,
         )  # fmt: skip
         print(
             f"{written.perturbed} perturbed demonstrations and {written.originals} as they are written to "
             f"{arguments.out}; {written.unchanged} perturbations applied to nothing"
         )
     else:
+        if arguments.originals or arguments.copies is not None or arguments.seed is not None:
+            raise UserError("data perturb: --copies, --seed and --originals say what is written; add -o FILE.")
         print(inspection.preview_perturbations(task, arguments.split, arguments.n or 3))
     return 0
 

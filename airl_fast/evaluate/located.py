@@ -67,7 +67,8 @@ class Section:
     the file says of no trace which step is wrong) a wrong answer.
 
     localise: as `locate.locate`; empty without a known wrong step. detect: by "SIGNAL_DOUBT" and LENGTH, empty unless
-    there are traces of both kinds. alarms: share of traces with a step below the reward's threshold, "wrong" and "without".
+    there are traces of both kinds. alarms: share of traces with a step below the reward's threshold, of the "wrong"
+    and of those "without".
     """
 
     name: str

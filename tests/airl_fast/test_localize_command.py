@@ -76,6 +76,8 @@ def test_perturbed_demonstrations_are_rows_with_their_labels(tmp_path: Path, cap
     assert rows != read(perturbed(tmp_path / "other.jsonl", "--copies", 2, "--originals", "-n", 10, "--seed", 1))
     assert main(["data", "perturb", "arithmetic", "-o", str(tmp_path / "in.jsonl")]) == 2  # never over a file
     assert main(["data", "perturb", "arithmetic", "-o", str(tmp_path / "x.jsonl"), "--copies", "0"]) == 2
+    assert main(["data", "perturb", "arithmetic", "--originals"]) == 2  # nothing would be written
+    assert capsys.readouterr().err.endswith("--copies, --seed and --originals say what is written; add -o FILE.\n")
 
 
 def test_the_figures_are_those_of_the_traces_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
