@@ -136,12 +136,21 @@ def _open(request: Request) -> _Opened:
     def demonstrations() -> Sequence[Example]:
         return load_material(config).train[: config.evaluate.prompts]
 
+    def unseen() -> Sequence[Example]:
+        found = [example for example in load_material(config).dev if example.expert is not None]
+        if not found:
+            raise UserError(
+                "--guided reject finds its floor on demonstrations of the dev split, and the run's data has none; add "
+                "some to it, or take --guided steps or tokens."
+            )
+        return found
+
     return _Opened(
         judge=judge,
         params=params,
         problems=problems,
         answers=answers,
-        workshop=Workshop(judge, demonstrations),
+        workshop=Workshop(judge, demonstrations, unseen),
     )
 
 

@@ -39,11 +39,15 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What makes methods of settings. demonstrations: training prompts with a demonstration, asked for only by those
-    methods that calibrate a threshold on them; each threshold is calibrated once."""
+    """What makes methods of settings; each threshold is calibrated once, and the data for it asked for only then.
+
+    demonstrations: training prompts with a demonstration, to break. unseen: prompts with a demonstration that the
+    discriminator did not learn from, for a floor that shall let new traces pass.
+    """
 
     judge: Judge
     demonstrations: Callable[[], Sequence[Example]]
+    unseen: Callable[[], Sequence[Example]]
     _found: dict[object, float] = field(default_factory=dict)
 
     def make(self, setting: Setting) -> Method:
@@ -69,7 +73,7 @@ class Workshop:
         return self._found[key]
 
     def _floor(self, keep: float, running: str) -> float:
-        examples = self.demonstrations()
+        examples = self.unseen()
         experts = [self.judge.maker.expert(example, group) for group, example in enumerate(examples)]
         return floor_that_keeps(lowest_running(self.judge.score(experts, examples).reward, running), keep)
 
