@@ -25,6 +25,7 @@ from airl_fast.evaluate.naming import NamedTrace, Naming, named, naming
 from airl_fast.evaluate.passk import Floats
 from airl_fast.evaluate.rerank import discounted_to_go
 from airl_fast.evaluate.trace_parts import Part, Tally, part_tokens, read_parts, steps_of_ends
+from airl_fast.metrics import peak_rss_gib
 
 Say = Callable[[str], None]
 Only = Literal["trace", "steps", "tokens"]
@@ -206,23 +207,23 @@ class Pace:
 
     def __init__(self, say: Say) -> None:
         self._say, self._began = say, time.monotonic()
-        self._last, self.rows, self._told = self._began, 0, -1
+        self._last, self.rows = self._began, 0
 
     def told(self, rows: int) -> None:
         self.rows += rows
         now = time.monotonic()
         if now - self._last >= _TELL_EVERY:
-            self._last, self._told = now, self.rows
+            self._last = now
             self._say(f"{self.rows} traces scored, {self._rate():.0f} a second")
 
     def ended(self, tally: Tally, target: str | None = None) -> None:
         """target: where the rows went."""
         if tally.too_long:
             self._say(f"{tally.too_long} traces passed over as too long (--too-long skip): the first, {tally.reason}")
-        if target is None and self._told == self.rows:
-            return
         where = "" if target is None else f" to {target}"
-        self._say(f"{self.rows} traces scored{where}, {self._rate():.0f} a second")
+        self._say(
+            f"{self.rows} traces scored{where}, {self._rate():.0f} a second, peak memory {peak_rss_gib():.2f} GiB"
+        )
 
     def _rate(self) -> float:
         return self.rows / max(time.monotonic() - self._began, 1e-9)
