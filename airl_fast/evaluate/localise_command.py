@@ -15,6 +15,7 @@ import numpy as np
 
 from airl_fast.data.trace_rows import NO_ERROR, TraceLabels, TraceRow
 from airl_fast.errors import UserError
+from airl_fast.evaluate.describe import rounded, step_spans
 from airl_fast.evaluate.judge import Judge, Scored, open_judge
 from airl_fast.evaluate.line_writer import LineWriter
 from airl_fast.evaluate.localise import StepScores, step_scores
@@ -24,15 +25,7 @@ from airl_fast.evaluate.located_view import as_document, render
 from airl_fast.evaluate.naming import NamedTrace, Naming, calibrated, named, naming
 from airl_fast.evaluate.outputs import write_json
 from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.score_command import (
-    Pace,
-    given_step,
-    identity,
-    known_labels,
-    parts_of,
-    rounded,
-    step_spans,
-)
+from airl_fast.evaluate.score_command import Pace, given_step, identity, known_labels, parts_of
 from airl_fast.evaluate.trace_parts import Part, Tally, steps_of_ends
 from airl_fast.types import Example
 

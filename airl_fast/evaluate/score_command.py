@@ -8,28 +8,20 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from airl_fast.data.trace_rows import NO_ERROR, TraceLabels
 from airl_fast.errors import UserError
-from airl_fast.evaluate.choose import score_traces
-from airl_fast.evaluate.judge import Judge, Scored, locate_reward, open_judge
+from airl_fast.evaluate.describe import Only, describe, rounded, rounded_list
+from airl_fast.evaluate.judge import Judge, locate_reward, open_judge
 from airl_fast.evaluate.leakage import TrainingPrompts, training_prompts
 from airl_fast.evaluate.line_writer import LineWriter
-from airl_fast.evaluate.localise import TokenValues, step_scores
 from airl_fast.evaluate.naming import NamedTrace, Naming, named, naming
-from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.rerank import discounted_to_go
 from airl_fast.evaluate.trace_parts import Part, Tally, part_tokens, read_parts, steps_of_ends
 from airl_fast.metrics import peak_rss_gib
 
 Say = Callable[[str], None]
-Only = Literal["trace", "steps", "tokens"]
-DIGITS = 6  # after the point: about what a float32 reward holds
 _TELL_EVERY = 5.0  # seconds
 
 
@@ -83,79 +75,13 @@ def parts_of(judge: Judge, file: Path, tally: Tally, options: Any) -> Iterator[t
 def score_rows(judge: Judge, part: Part, chosen: Naming | None, only: Only | None) -> Iterator[dict[str, Any]]:
     """One object a trace, in order. Reads no label: there is none in a part."""
     scored = judge.score(part.traces, part.examples, part.step_ends)
-    own, gamma = judge.config.evaluate.scorer, judge.config.advantage.gamma
-    found_scores = score_traces(scored, judge.config)
-    scores = {own if name == "reward" else name.removeprefix("reward_"): v for name, v in found_scores.items()}
-    logprob = scores.pop("logprob")
     names = [None] * len(part.traces) if chosen is None else named(scored, chosen)
-    steps = _StepTable.of(scored, gamma) if only in (None, "steps") else None
-    for i, row in enumerate(part.rows):
-        trace, inside = part.traces[i], slice(*scored.reward.offsets[i : i + 2])
-        spans = judge.maker.chat.token_char_spans(trace.text, trace.tokens)
-        found: dict[str, Any] = {
-            "id": row.id,
-            "scorer": own,
-            "rewards": {name: rounded(values[i]) for name, values in scores.items()},
-            "logprob": rounded(logprob[i]),
-        }
+    for i, numbers in enumerate(describe(judge, scored, only)):
+        found: dict[str, Any] = {"id": part.rows[i].id, **numbers}
         if names[i] is not None:
-            ends = part.step_ends[i]
-            found["first_wrong_step"] = _prediction(names[i], steps_of_ends(judge, trace, ends), chosen)
-        if steps is not None:
-            found["steps"] = steps.rows(i, trace.text, step_spans(scored.reward, i, spans))
-        if only in (None, "tokens"):
-            found["tokens"] = token_texts(judge, trace, spans)
-            found["token_spans"] = spans
-            found["token_rewards"] = rounded_list(scored.reward.values[inside])
-            found["token_logprobs"] = rounded_list(scored.logprob.values[inside])
+            place = steps_of_ends(judge, part.traces[i], part.step_ends[i])
+            found["first_wrong_step"] = _prediction(names[i], place, chosen)
         yield found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _StepTable:
-    """Numbers per step, f64 [K] each; offsets int64 [S+1]."""
-
-    columns: dict[str, Floats]
-    offsets: np.ndarray
-
-    @staticmethod
-    def of(scored: Scored, gamma: float) -> "_StepTable":
-        means, reward = step_scores(scored.reward, "mean"), scored.reward
-        first = np.concatenate(([0], np.flatnonzero(reward.step_ends)[:-1] + 1))
-        return _StepTable(
-            columns={
-                "reward_mean": means.values,
-                "reward_min": step_scores(reward, "min").values,
-                "reward_to_go": discounted_to_go(reward, gamma)[first],
-                "logprob_mean": step_scores(scored.logprob, "mean").values,
-            },
-            offsets=means.offsets,
-        )
-
-    def rows(self, trace: int, text: str, spans: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        own = slice(*self.offsets[trace : trace + 2])
-        columns = {name: rounded_list(values[own]) for name, values in self.columns.items()}
-        return [
-            {"start": a, "end": b, "text": text[a:b]} | {name: values[k] for name, values in columns.items()}
-            for k, (a, b) in enumerate(spans)
-        ]
-
-
-def step_spans(values: TokenValues, trace: int, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The characters of each step of a trace, from one closing token's end to the next. spans: of its tokens."""
-    closing = np.flatnonzero(values.step_ends[slice(*values.offsets[trace : trace + 2])])
-    return list(pairwise([0, *(spans[token][1] for token in closing)]))
-
-
-def token_texts(judge: Judge, trace: Any, spans: list[tuple[int, int]]) -> list[str]:
-    """What each token stands for; the end-of-turn token by its name. A token that holds a part of a character shows
-    the whole of it."""
-    chat = judge.maker.chat
-    closing = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
-    return [
-        closing if token == chat.end_of_turn else trace.text[a:b]
-        for token, (a, b) in zip(trace.tokens, spans, strict=True)
-    ]
 
 
 def _prediction(found: NamedTrace, place: list[int], chosen: Naming) -> dict[str, Any]:
@@ -191,15 +117,6 @@ def identity(run: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return {"run": root.resolve().name, "reward_sha256": digest.hexdigest()[:16]}
-
-
-def rounded(value: float | None) -> float | None:
-    """None for -inf, the score of a trace that names no answer."""
-    return None if value is None or not np.isfinite(value) else round(float(value), DIGITS)
-
-
-def rounded_list(values: Floats) -> list[float]:
-    return np.round(values, DIGITS).tolist()
 
 
 class Pace:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from airl_fast.config import EvaluateConfig
 from airl_fast.evaluate.choose import score_traces
+from airl_fast.evaluate.describe import describe, step_spans
 from airl_fast.evaluate.judge import Judge, Scored
 from airl_fast.evaluate.localise import Rule, StepRule, step_scores
 from airl_fast.evaluate.locate import Thresholds, suspicious_steps
@@ -17,13 +18,15 @@ from airl_fast.types import Example
 
 
 class StepOut(BaseModel):
-    """Characters start to end of the completion; the reward of its tokens."""
+    """Characters start to end of the completion, and its tokens' rewards and log-probabilities."""
 
     start: int
     end: int
     text: str
     reward_mean: float
     reward_min: float
+    reward_to_go: float = Field(description="discounted sum of rewards from the step's first token on")
+    logprob_mean: float
 
 
 class RewardsOut(BaseModel):
@@ -36,11 +39,17 @@ class RewardsOut(BaseModel):
 
 
 class ScoredTrace(BaseModel):
+    """What `airl-fast score` writes of a trace, under the same names."""
+
     id: str
-    tokens: list[str] = Field(description="as text; the end-of-turn token last, as an empty one")
-    token_rewards: list[float] = Field(description="log D - log(1 - D) of each token, in nats")
-    steps: list[StepOut]
+    scorer: Scorer = Field(description="the run's own")
     rewards: RewardsOut
+    logprob: float = Field(description="mean log-probability under the start policy")
+    steps: list[StepOut]
+    tokens: list[str] = Field(description="as text; the end-of-turn token by its name")
+    token_spans: list[tuple[int, int]] = Field(description="characters of the completion")
+    token_rewards: list[float] = Field(description="log D - log(1 - D) of each token, in nats")
+    token_logprobs: list[float]
 
 
 class ScoreOut(BaseModel):
@@ -103,26 +112,8 @@ class LocalizeOut(BaseModel):
 
 def score_answer(judge: Judge, scored: Scored, examples: Sequence[Example]) -> ScoreOut:
     """Every trace with the reward of its tokens, its steps and as a whole."""
-    scores = _by_scorer(judge, scored)
-    means, lows = step_scores(scored.reward, "mean"), step_scores(scored.reward, "min")
-    rows = []
-    for i, (example, spans) in enumerate(zip(examples, _step_spans(judge, scored), strict=True)):
-        trace = scored.traces[i]
-        inside = slice(scored.reward.offsets[i], scored.reward.offsets[i + 1])
-        own = slice(means.offsets[i], means.offsets[i + 1])
-        rows.append(
-            ScoredTrace(
-                id=example.id,
-                tokens=[trace.text[a:b] for a, b in judge.maker.chat.token_char_spans(trace.text, trace.tokens)],
-                token_rewards=scored.reward.values[inside].tolist(),
-                steps=[
-                    StepOut(start=a, end=b, text=trace.text[a:b], reward_mean=mean, reward_min=low)
-                    for (a, b), mean, low in zip(spans, means.values[own], lows.values[own], strict=True)
-                ],
-                rewards=RewardsOut(**{name: known(scores[name][i]) for name in RewardsOut.model_fields}),
-            )
-        )
-    return ScoreOut(traces=rows)
+    rows = zip(examples, describe(judge, scored), strict=True)
+    return ScoreOut(traces=[ScoredTrace(id=example.id, **numbers) for example, numbers in rows])
 
 
 def rerank_answer(
@@ -179,8 +170,9 @@ def localize_answer(
     steps, suspects = step_scores(scored.reward, settings.step_score), suspicious_steps(scored, settings, thresholds)
     threshold = thresholds["reward"] if settings.localise == "first_below" else None
     rows = []
-    for i, (example, spans) in enumerate(zip(examples, _step_spans(judge, scored), strict=True)):
-        own, text = slice(steps.offsets[i], steps.offsets[i + 1]), scored.traces[i].text
+    for i, (example, trace) in enumerate(zip(examples, scored.traces, strict=True)):
+        own, text = slice(steps.offsets[i], steps.offsets[i + 1]), trace.text
+        spans = step_spans(scored.reward, i, judge.maker.chat.token_char_spans(text, trace.tokens))
         values, levels = steps.values[own], suspects.values[own]
         rows.append(
             LocalizedTrace(
@@ -206,14 +198,3 @@ def _by_scorer(judge: Judge, scored: Scored) -> dict[SignalName, Floats]:
     own = judge.config.evaluate.scorer
     scores = score_traces(scored, judge.config)
     return {own if name == "reward" else name.removeprefix("reward_"): values for name, values in scores.items()}
-
-
-def _step_spans(judge: Judge, scored: Scored) -> list[list[tuple[int, int]]]:
-    """The characters of each step, by trace: from one closing token's end to the next."""
-    spans, reward = [], scored.reward
-    for i, trace in enumerate(scored.traces):
-        tokens = judge.maker.chat.token_char_spans(trace.text, trace.tokens)
-        closing = np.flatnonzero(reward.step_ends[reward.offsets[i] : reward.offsets[i + 1]])
-        ends = [tokens[token][1] for token in closing]
-        spans.append(list(zip([0, *ends[:-1]], ends, strict=True)))
-    return spans

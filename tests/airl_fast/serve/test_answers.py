@@ -1,14 +1,18 @@
 """What /score, /rerank and /localize answer is what the judge and the evaluation say of the same traces."""
 
+import json
+
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from airl_fast.cli import main
 from airl_fast.data.tags import format_trace
 from airl_fast.evaluate.choose import score_traces
 from airl_fast.evaluate.localise import step_scores
 from airl_fast.evaluate.locate import suspicious_steps
 from airl_fast.serve.answers import weighted_vote
+from tests.airl_fast.run_cases import small_run
 from tests.airl_fast.serve.service_cases import app_with, demonstrations, judge, rows, thresholds
 
 
@@ -42,8 +46,10 @@ def test_score_gives_the_judges_numbers(client):
 def test_tokens_and_steps_spell_the_text(client):
     (trace,) = client.post("/score", json={"traces": rows(1)}).json()["traces"]
     text = demonstrations()[0].expert
-    assert "".join(trace["tokens"]) == text
-    assert trace["tokens"][-1] == ""  # the end of the turn
+    chat = judge().maker.chat
+    assert "".join(trace["tokens"][:-1]) == text
+    assert trace["tokens"][-1] == chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
+    assert "".join(text[start:end] for start, end in trace["token_spans"]) == text
     assert "".join(step["text"] for step in trace["steps"]) == text
     assert [text[step["start"] : step["end"]] for step in trace["steps"]] == [step["text"] for step in trace["steps"]]
     assert len(trace["steps"]) == len(judge().task.step_ends(text))
@@ -142,3 +148,16 @@ def test_every_example_of_the_openapi_document_is_answered(client):
     for example in document["components"]["schemas"]["TraceIn"]["examples"]:
         assert client.post("/score", json={"traces": [example]}).status_code == 200
     assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
+
+
+def test_the_command_writes_the_same_numbers(client, tmp_path):
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
+    assert main(["score", str(small_run()), str(file), "-o", str(out)]) == 0
+    answered = client.post("/score", json={"traces": rows(2)}).json()["traces"]
+    for line, trace in zip(out.read_text().splitlines(), answered, strict=True):
+        written = json.loads(line)
+        assert written["tokens"] == trace["tokens"] and written["token_spans"] == trace["token_spans"]
+        assert written.keys() - trace.keys() == {"labels", "run", "reward_sha256"} and trace.keys() <= written.keys()
+        np.testing.assert_allclose(written["token_rewards"], trace["token_rewards"], rtol=0, atol=2e-6)
+        assert [step["text"] for step in written["steps"]] == [step["text"] for step in trace["steps"]]
