@@ -60,12 +60,13 @@ def dry_run(config: Config) -> str:
     expert_lengths = [len(lab.maker.expert(example, 0).tokens) for example in material.train]
     per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     trained = what_is_trained(lab)
+    policy = lab.start if lab.policy is None else lab.policy.lm
     lines = [
         f"algorithm       {config.algorithm}, {config.steps} steps, seed {config.seed}, device {device}",
         f"task            {material.task.name}: {len(material.train)} demonstrated prompts, {len(material.dev)} dev",
         f"prompt          {_range(prompt_lengths)} tokens",
         f"demonstration   {_range(expert_lengths)} tokens",
-        f"policy          {_describe(lab.start.model)}, context {lab.start.max_length}",
+        f"policy          {_describe(policy.model)}, context {policy.max_length}",
         f"  trained       {trained.get('policy', 'not at all: it is the baseline of the reward')}",
         *_reward_lines(lab),
         f"samples a step  {per_step} of at most {config.rollout.max_new_tokens} tokens",

@@ -63,7 +63,7 @@ def listing(folder: Path) -> dict[Path, bytes | None]:
         ("rollout.temperature=.nan", "must be finite and greater than 0."),
         ("rollout.temperature=.inf", "must be finite and greater than 0."),
         ("rollout.temperature=true", "'rollout.temperature' must be a number, not true or false."),
-        ("algorithm=ppo", "'algorithm' is 'ppo', but it must be 'airl', 'sft' or 'grpo'."),
+        ("algorithm=ppo", "'algorithm' is 'ppo', but it must be 'airl', 'sft', 'grpo' or 'reward'."),
         ("discriminator.loss=wgan", "needs discriminator.lipschitz=gradient_penalty or spectral_norm."),
         ("model.path=null", "set exactly one of model.path (a local model directory) and model.build."),
         ("baseline_overrides={grop: {}}", "did you mean 'grpo'?"),
@@ -101,7 +101,7 @@ def test_a_gpu_that_is_not_there(refuse: Refuse) -> None:
 
 def test_an_unknown_preset_or_file_is_named(refuse: Refuse, tmp_path: Path) -> None:
     sentence = refuse(config="tinny")
-    assert sentence.startswith("There is no preset 'tinny'; did you mean 'tiny'? The presets are: gsm8k-tiny, ")
+    assert sentence.startswith("There is no preset 'tinny'; did you mean 'tiny'? The presets are: gsm8k-reward, gsm8k-tiny, ")
     assert "no/such.yaml: there is no such file" in refuse(config="no/such.yaml")
     wrong = tmp_path / "mine.yaml"
     wrong.write_text("extends: tiny\nrollout: {top_pp: 0.9}\n")
