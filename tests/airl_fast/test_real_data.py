@@ -6,7 +6,7 @@ import contextlib
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +92,6 @@ def solutions() -> list[dict]:
     return rows_of(FILES["solutions"])[:60]
 
 
-def flipped(rows: list[dict], change: Callable[[dict], dict]) -> list[dict]:
-    return [row | change(row) for row in rows]
-
-
 def test_solutions_are_reranked_with_their_own_labels(
     run: Path, solutions: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -125,7 +121,7 @@ def test_solutions_are_reranked_with_their_own_labels(
 def test_scores_of_solutions_do_not_depend_on_any_label(
     run: Path, solutions: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    lie = flipped(solutions, lambda row: {"is_correct": not row["is_correct"], "gold": "-1"})
+    lie = [row | {"is_correct": not row["is_correct"], "gold": "-1"} for row in solutions]
     true, false = (
         json_named(call(capsys, "rerank", run, written(tmp_path / f"{name}.jsonl", rows)))
         for name, rows in (("true", solutions), ("false", lie))
@@ -149,6 +145,118 @@ def test_questions_of_the_training_file_are_refused_unless_asked_for(
     assert json_named(said)["traces"] == 4
     told = call(capsys, "transfer", run, "--split", "train", *FEW, code=2)
     assert "the run was trained on this question" in told
+
+
+# ---------------------------------------------------------------------------------------------- first wrong steps
+
+
+@pytest.fixture(scope="module")
+def mistakes() -> list[dict]:
+    """The first nine short traces of each of BIG-Bench Mistake's five tasks. Two steps of one are a single one where
+    a token spans both, so empty steps are left out here: counting by hand must be plain."""
+    short = [row for row in rows_of(FILES["mistakes"]) if len(row["question"] + "".join(row["steps"])) < 1500]
+    chosen = {}
+    for row in short:
+        if all(step.strip() for step in row["steps"]):
+            chosen.setdefault(row["task"], []).append(row)
+    return [row for rows in chosen.values() for row in rows[:9]]
+
+
+def localised(capsys: pytest.CaptureFixture, run: Path, rows: list[dict], folder: Path) -> tuple[str, dict, list[dict]]:
+    """What `localize` printed, its figures, and its predictions row by row."""
+    folder.mkdir()
+    file, figures, predictions = (folder / name for name in ("in.jsonl", "figures.json", "out.jsonl"))
+    said = call(capsys, "localize", run, written(file, rows), "--json", figures, "-o", predictions)
+    return said, json.loads(figures.read_text()), rows_of(predictions)
+
+
+def test_first_wrong_steps_of_big_bench_mistake(
+    run: Path, mistakes: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    said, figures, predictions = localised(capsys, run, mistakes, tmp_path / "true")
+    assert figures["traces"] == len(mistakes) == 45 and figures["too_long"] == 0
+    sections = {section["name"]: section for section in figures["sections"]}
+    assert set(sections) == {"all", *(row["task"] for row in mistakes)} and len(sections) == 6
+    for name, section in sections.items():
+        own = [row for row in mistakes if name in ("all", row["task"])]
+        wrong = [row for row in own if row["first_error"] is not None]
+        assert (section["traces"], section["wrong"], section["without"]) == (
+            len(own),
+            len(wrong),
+            len(own) - len(wrong),
+        )
+        found = {each: estimate["hit_at_1"]["value"] for each, estimate in section["localise"].items()}
+        lengths = [len(row["steps"]) for row in wrong]
+        truths = [row["first_error"] for row in wrong]
+        assert found["chance"] == pytest.approx(np.mean([1 / n for n in lengths]))
+        assert found["majority_position"] == pytest.approx(majority_position(truths, lengths))
+        hits = [p["predicted"] == r["first_error"] for p, r in zip(predictions, mistakes, strict=True) if r in wrong]
+        assert found["reward"] == pytest.approx(np.mean(hits))
+        assert 0 <= found["logprob"] <= 1 and (name in said or name == "all")
+    assert [len(each["steps"]) for each in predictions] == [len(row["steps"]) for row in mistakes]
+
+
+def test_what_score_and_localize_say_of_a_trace_does_not_depend_on_labels(
+    run: Path, mistakes: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lie = []
+    for row in mistakes:
+        moved = None if row["first_error"] == 0 else 0
+        lie.append(row | {"first_error": moved, "gold": "?", "answer_correct": not row["answer_correct"]})
+    found = []
+    for name, rows in (("true", mistakes), ("false", lie)):
+        *_, predictions = localised(capsys, run, rows, tmp_path / name)
+        scores = tmp_path / name / "scores.jsonl"
+        call(capsys, "score", run, tmp_path / name / "in.jsonl", "-o", scores)
+        found.append((predictions, rows_of(scores)))
+    for true, false in zip(*found, strict=True):
+        assert len(true) == len(false) == len(mistakes)
+        assert all(one.pop("labels") != other.pop("labels") for one, other in zip(true, false, strict=True))
+        assert true == false
+
+
+def test_solutions_are_scored_row_by_row(
+    run: Path, solutions: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "scores.jsonl"
+    call(capsys, "score", run, written(tmp_path / "in.jsonl", solutions[:10]), "-o", out)
+    scored = rows_of(out)
+    assert [row["labels"]["correct"] for row in scored] == [row["is_correct"] for row in solutions[:10]]
+    assert [row["labels"]["group"] for row in scored] == ["6b_finetuning", "6b_verification"] * 5
+    for row, given in zip(scored, solutions, strict=False):
+        assert "<<" not in "".join(row["tokens"]) and row["scorer"] == "mean"
+        assert row["rewards"]["mean"] == pytest.approx(np.mean(row["token_rewards"]), abs=1e-5)
+        assert row["logprob"] == pytest.approx(np.mean(row["token_logprobs"]), abs=1e-5)
+        assert row["steps"][-1]["text"].strip().endswith(f"<answer>{given['pred']}</answer>")
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "split"),
+    [("gsm8k", "gsm8k", "test"), ("mmlu_pro", "mmlu_pro", "train"), ("medreason", "medreason", "dev")],
+)
+def test_perturbed_demonstrations_of_every_set_are_scored_and_localised(
+    task: str, folder: str, split: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "broken.jsonl"
+    call(
+        capsys, "data", "perturb", task, f"path={DATA / folder}", "--split", split, "-n", 8, "--originals", "-o", file
+    )  # fmt: skip
+    rows = rows_of(file)
+    wrong = [row for row in rows if row["first_wrong_step"] is not None]
+    assert len(rows) - len(wrong) == 8 and len(wrong) >= 6
+    said, figures, predictions = localised(capsys, run, rows, tmp_path / "found")
+    (section,) = [section for section in figures["sections"] if section["name"] == "all"]
+    assert (section["traces"], section["wrong"], section["without"]) == (len(rows), len(wrong), 8)
+    lengths = [len(p["steps"]) for p, row in zip(predictions, rows, strict=True) if row in wrong]
+    truths = [row["first_wrong_step"] for row in wrong]
+    found = {each: estimate["hit_at_1"]["value"] for each, estimate in section["localise"].items()}
+    assert found["chance"] == pytest.approx(np.mean([1 / n for n in lengths]))
+    assert found["majority_position"] == pytest.approx(majority_position(truths, lengths))
+    scores = tmp_path / "scores.jsonl"
+    call(capsys, "score", run, file, "--only", "trace", "-o", scores)
+    assert [row["id"] for row in rows_of(scores)] == [row["id"] for row in rows]
+    assert f"first wrong step, {len(wrong)} traces" in said and "most frequent position" in said
+    assert f"has a wrong step: {len(wrong)} of {len(rows)}" in said
 
 
 # ---------------------------------------------------------------------------------------------- multiple choice
