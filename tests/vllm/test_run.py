@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests")
 
+import json
+
 import numpy as np
 
 from airl_fast.cli import main
@@ -65,6 +67,22 @@ def test_adapters_are_swapped_every_step(tmp_path, quantise):
     # The start policy has no adapter, the trained one has: both are sampled by the same engine.
     assert main(["eval", str(tmp_path / "lora"), "--k", "1", "--prompts", "8", "--samples", "2"]) == 0
     assert not (tmp_path / "lora" / SCRATCH).exists()
+
+
+def test_reranking_and_transfer_sample_by_the_engine_of_the_run(tmp_path, capsys):
+    """Also that one command opens an engine after another, for the start policy and for the trained one."""
+    train(*SHORT, VLLM, f"output_dir={tmp_path}", "--run-name", "run")
+    run, few = str(tmp_path / "run"), ("--prompts", "8", "--n", "4")
+    capsys.readouterr()
+    assert main(["rerank", run, *few]) == 0
+    assert main(["transfer", run, *few, "--policy", "start", "--policy", "airl"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sample ")]
+    policies = ["start", "start", "airl"]
+    assert [line.split(", by ")[0] for line in said] == [f"sample 4 of {p} on each of 8 prompts" for p in policies]
+    assert all(", by vLLM " in line for line in said)
+    cells = json.loads((tmp_path / "run/eval/transfer-test-start+airl-arithmetic.json").read_text())["cells"]
+    assert [cell["policy"] for cell in cells] == ["start", "airl"]
+    assert not (tmp_path / "run" / SCRATCH).exists()
 
 
 def test_it_learns_what_the_builtin_sampler_learns(tmp_path):
