@@ -19,7 +19,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=16384,
         help="most tokens of a pass that requests share (default: 16384)",
     )
-    serve.add_argument("--batch-wait-ms", type=float, default=2.0, help="wait of a first request for more (default: 2)")
+    serve.add_argument(
+        "--batch-wait-ms", type=float, default=2.0, help="a first request's wait for others on their way (default: 2)"
+    )
     serve.add_argument("--max-body-mib", type=float, default=8.0, help="largest request (default: 8)")
     serve.add_argument("--max-traces", type=int, default=256, help="traces of one request (default: 256)")
     serve.add_argument("--concurrency", type=int, default=64, help="requests at once; more get 503 (default: 64)")

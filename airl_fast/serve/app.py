@@ -101,7 +101,13 @@ def make_app(judge: Judge, thresholds: Thresholds, run: str, settings: Settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.batcher = Batcher(judge, settings.batch_tokens, settings.batch_wait, service.metrics.scored)
+        service.batcher = Batcher(
+            judge,
+            tokens=settings.batch_tokens,
+            wait=settings.batch_wait,
+            in_progress=lambda: service.guard.in_flight,
+            observe=service.metrics.scored,
+        )
         yield
         await asyncio.to_thread(service.batcher.close)
 

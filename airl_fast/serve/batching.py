@@ -1,8 +1,8 @@
 """Requests that arrive together share one forward pass. One thread owns model and tokenizer; nobody else calls them.
 
-The thread takes the first request, waits a few milliseconds for more, and stops at a budget of tokens. While a pass
-runs, requests gather for the next one. Traces never attend to each other, so a result depends on the request alone
-(to float rounding).
+The thread takes the first request, waits a few milliseconds for others that are on their way, and stops at a budget of
+tokens. While a pass runs, requests gather for the next one. Traces never attend to each other, so a result depends on
+the request alone (to float rounding).
 """
 
 import logging
@@ -49,10 +49,21 @@ class _Job:
 
 class Batcher:
     """submit() from any thread. tokens: of one forward pass, prompts included; a request larger than that has a pass
-    of its own, and 1 gives every request its own. wait: seconds that a first request waits for others."""
+    of its own, and 1 gives every request its own. wait: seconds that a first request waits for others. in_progress():
+    how many requests the service is at work on, submitted or about to be; a pass that has them all waits for no other.
+    """
 
-    def __init__(self, judge: Judge, tokens: int, wait: float, observe: Callable[[BatchStats], None]) -> None:
-        self._judge, self._tokens, self._wait, self._observe = judge, tokens, wait, observe
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        tokens: int,
+        wait: float,
+        in_progress: Callable[[], int],
+        observe: Callable[[BatchStats], None],
+    ) -> None:
+        self._judge, self._tokens, self._wait = judge, tokens, wait
+        self._in_progress, self._observe = in_progress, observe
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
@@ -90,6 +101,8 @@ class Batcher:
             jobs: list[_Job] = [] if held is None else [held]
             held, deadline = None, time.monotonic() + (self._wait if jobs else 0.0)
             while open_ and held is None and sum(job.tokens for job in jobs) < self._tokens:
+                if jobs and self._in_progress() <= len(jobs):
+                    break
                 try:
                     taken = self._queue.get(timeout=self._left(deadline) if jobs else None)
                 except queue.Empty:
@@ -106,6 +119,7 @@ class Batcher:
                     held = job
                 else:
                     jobs.append(job)
+            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             if jobs:
                 self._pass(jobs)
 
@@ -115,7 +129,7 @@ class Batcher:
 
     def _read(self, rows: tuple[TraceRow, ...], answer: Answer, future: Future) -> _Job | None:
         """The request as traces of the policy's tokens; None when it was given up or cannot be read."""
-        if not future.set_running_or_notify_cancel():
+        if future.cancelled():
             return None
         try:
             examples = tuple(Example(id=row.id, prompt=row.prompt, answer="") for row in rows)
@@ -131,7 +145,8 @@ class Batcher:
                 future=future,
             )
         except Exception as error:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
             return None
 
     def _trace(self, row: TraceRow, example: Example, group: int, examples: Sequence[Example]) -> Trace:

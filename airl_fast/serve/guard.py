@@ -12,6 +12,7 @@ from airl_fast.serve.metrics import Metrics
 
 PATHS = ("/score", "/rerank", "/localize", "/health", "/metrics", "/openapi.json")
 OPEN_PATH = "/health"  # needs no token: whoever watches the service need not be able to use it
+CLIENT_LEFT = 499  # nginx's status for it; nobody receives it, the metrics count it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,10 @@ class Limits:
     traces: int
     concurrency: int
     timeout: float
+
+
+class ClientLeft(Exception):
+    """The client has closed its connection."""
 
 
 class Guard:
@@ -49,6 +54,8 @@ class Guard:
             await self._admit(scope, receive, counted)
         except ServiceError as error:
             await error.response()(scope, receive, counted)
+        except ClientLeft:
+            status = CLIENT_LEFT
         finally:
             self._metrics.answered(path if path in PATHS else "other", status, time.monotonic() - began)
 
@@ -63,8 +70,7 @@ class Guard:
         self.in_flight += 1
         try:
             body = await self._body(scope, receive)
-            if body is not None:
-                await self._app(scope, _replay(body, receive), send)
+            await self._answer(scope, body, receive, send)
         finally:
             self.in_flight -= 1
 
@@ -77,9 +83,30 @@ class Guard:
             headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
             raise ServiceError(401, "unauthorised", message, headers=headers)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, counted as it arrives, since a chunked one does not say how long it is. None when the
-        client has left. The connection is closed after a refusal: the rest of the body is not read."""
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Let the application answer. A client that leaves before the response begins cancels its request, which
+        costs no pass then unless one has begun with it."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        work = asyncio.ensure_future(self._app(scope, _replay(body), watched))
+        left = asyncio.ensure_future(receive())  # after the body: comes when the client leaves, or has its response
+        try:
+            await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not begun:
+                raise ClientLeft
+            await work
+        finally:
+            left.cancel()
+            work.cancel()
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, counted as it arrives, since a chunked one does not say how long it is. The connection is
+        closed after a refusal: the rest of the body is not read."""
         limit = self._limits.body
         size = f"the body is larger than {limit / 2**20:g} MiB (--max-body-mib); send fewer traces at a time."
         too_large = ServiceError(413, "body_too_large", size, headers={"Connection": "close"})
@@ -92,7 +119,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
+                        raise ClientLeft
                     chunks.append(message.get("body", b""))
                     length += len(chunks[-1])
                     if length > limit:
@@ -104,14 +131,14 @@ class Guard:
             raise ServiceError(408, "body_timeout", message, headers={"Connection": "close"}) from None
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the application the body that was read, then whatever comes after it."""
+def _replay(body: bytes) -> Receive:
+    """Give the application the body that was read. It is told of no disconnection: it is cancelled."""
     given = False
 
     async def again() -> Message:
         nonlocal given
         if given:
-            return await receive()
+            await asyncio.get_running_loop().create_future()
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 

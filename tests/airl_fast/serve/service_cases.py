@@ -1,7 +1,8 @@
 """The service of the small run, in process, with whatever limits a test wants."""
 
 import functools
-from dataclasses import replace
+import time
+from dataclasses import dataclass, fields, replace
 
 from fastapi import FastAPI
 
@@ -39,9 +40,22 @@ def thresholds() -> Thresholds:
     return calibrated(judge())
 
 
-def app_with(*, batch_wait: float = 0.0, token: str | None = None, **limits: float) -> FastAPI:
-    settings = replace(SETTINGS, batch_wait=batch_wait, token=token, limits=replace(LIMITS, **limits))
-    return make_app(judge(), thresholds(), "small", settings)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowJudge(Judge):
+    """Takes so many seconds more for every pass."""
+
+    seconds: float
+
+    def score(self, traces, examples, step_ends=None):
+        time.sleep(self.seconds)
+        return Judge.score(self, traces, examples, step_ends)
+
+
+def app_with(*, slow: float = 0.0, token: str | None = None, **limits: float) -> FastAPI:
+    """slow: seconds that every pass takes beyond its own."""
+    settings = replace(SETTINGS, token=token, limits=replace(LIMITS, **limits))
+    own = {each.name: getattr(judge(), each.name) for each in fields(Judge)}
+    return make_app(SlowJudge(**own, seconds=slow), thresholds(), "small", settings)
 
 
 @functools.cache

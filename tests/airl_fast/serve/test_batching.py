@@ -31,10 +31,14 @@ def tokens_of(rows: list[TraceRow]) -> int:
     return sum(len(chat.prompt_tokens(row.prompt)) + len(chat.completion_tokens(row.text)) for row in rows)
 
 
+def batcher_of(by: Judge, budget: int, wait: float, passes: list, in_progress: int = 99) -> Batcher:
+    return Batcher(by, tokens=budget, wait=wait, in_progress=lambda: in_progress, observe=passes.append)
+
+
 def serve(batches: list[list[TraceRow]], budget: int, wait: float, by: Judge | None = None):
     """Futures of all requests, submitted at once, and the passes that answered them."""
     passes = []
-    batcher = Batcher(by or judge(), budget, wait, passes.append)
+    batcher = batcher_of(by or judge(), budget, wait, passes)
     futures = [
         batcher.submit(rows, lambda s, e: score_answer(judge(), s, e).model_dump_json().encode()) for rows in batches
     ]
@@ -70,7 +74,7 @@ def test_company_does_not_matter_to_a_policy_with_another_tokenizer():
     results = []
     for budget in (10**6, 1):
         passes = []
-        batcher = Batcher(judge_, budget, WAIT, passes.append)
+        batcher = batcher_of(judge_, budget, WAIT, passes)
         futures = [batcher.submit(rows, lambda s, e: s.reward.values.tobytes()) for rows in asked]
         batcher.close()
         assert [each.requests for each in passes] == ([len(asked)] if budget > 1 else [1] * len(asked))
@@ -90,9 +94,18 @@ def test_passes_keep_to_the_budget():
     assert [numbers(future)[0]["id"] for future in futures] == [rows[0].id for rows in asked]
 
 
+def test_nobody_waits_for_requests_that_are_not_there():
+    passes, asked = [], requests()
+    batcher = batcher_of(judge(), 10**6, 60.0, passes, in_progress=1)
+    for rows in asked[:3]:
+        assert batcher.submit(rows, lambda s, e: b"done").result(30) == b"done"
+    batcher.close()
+    assert [each.requests for each in passes] == [1, 1, 1]
+
+
 def test_a_request_given_up_costs_no_pass():
     passes = []
-    batcher = Batcher(judge(), 1, 0.0, passes.append)
+    batcher = batcher_of(judge(), 1, 0.0, passes)
     futures = [batcher.submit(rows, lambda s, e: b"done") for rows in requests()]
     cancelled = [future.cancel() for future in futures]
     batcher.close()

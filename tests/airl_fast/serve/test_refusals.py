@@ -118,10 +118,8 @@ def test_the_token():
 
 
 def test_more_requests_than_may_be_in_progress():
-    """A first request waits 0.3 s for company, which the limit keeps away."""
-
     async def both():
-        app = app_with(batch_wait=0.3, concurrency=1)
+        app = app_with(slow=0.3, concurrency=1)
         transport = httpx.ASGITransport(app=app)
         async with (
             app.router.lifespan_context(app),
@@ -141,7 +139,7 @@ def test_more_requests_than_may_be_in_progress():
 
 
 def test_an_answer_that_takes_too_long():
-    with TestClient(app_with(batch_wait=0.6, timeout=0.1)) as client:
+    with TestClient(app_with(slow=0.6, timeout=0.1)) as client:
         error_of(client.post("/score", json={"traces": rows(1)}), 504, "timeout")
 
 

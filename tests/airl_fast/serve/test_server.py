@@ -46,6 +46,7 @@ def test_parallel_clients_large_bodies_and_a_signal_in_flight():
         check_parallel_clients(address)
         check_chunked_body(address)
         check_large_body_with_a_length(address)
+        check_a_client_that_leaves(address)
         check_signal(process, address)
 
 
@@ -99,19 +100,49 @@ def check_large_body_with_a_length(address: str) -> None:
     assert response.json()["error"]["code"] == "body_too_large"
 
 
+def check_a_client_that_leaves(address: str) -> None:
+    """Its request waits for the one on its way, and is cancelled: no pass is made for it."""
+    passes = counter(address, "airl_passes_total")
+    with pytest.raises(httpx.ReadTimeout), on_its_way(address):
+        httpx.post(f"{address}/score", json={"traces": rows(2)}, timeout=0.1)
+    while httpx.get(f"{address}/health").json()["in_flight"]:
+        time.sleep(0.01)
+    time.sleep(0.4)
+    assert counter(address, "airl_passes_total") == passes
+    assert counter(address, 'airl_requests_total{path="/score",status="499"}') == 2
+
+
+def counter(address: str, name: str) -> float:
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} "))
+
+
+@contextlib.contextmanager
+def on_its_way(address: str) -> Iterator[None]:
+    """A request whose body does not end: others wait for it, up to --batch-wait-ms. Its client leaves at the end."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"POST /score HTTP/1.1\r\nHost: {host}\r\nContent-Length: 500\r\n\r\n{{".encode())
+        while httpx.get(f"{address}/health").json()["in_flight"] == 0:
+            time.sleep(0.01)
+        yield
+
+
 def check_signal(process: subprocess.Popen, address: str) -> None:
-    """SIGTERM while a request waits: it is answered, new connections are not, and the exit code is 0."""
+    """SIGTERM while a request waits for another that is on its way: it is answered, new connections are not, the one
+    whose client leaves in the middle of its body is dropped, and the exit code is 0."""
     answers = []
 
     def ask() -> None:
         answers.append(httpx.post(f"{address}/score", json={"traces": rows(2)}, timeout=30))
 
     client = threading.Thread(target=ask)
-    client.start()
-    while httpx.get(f"{address}/health").json()["in_flight"] == 0:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    client.join()
+    with on_its_way(address):
+        client.start()
+        while httpx.get(f"{address}/health").json()["in_flight"] < 2:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        client.join()
     assert answers[0].status_code == 200
     assert len(answers[0].json()["traces"]) == 2
     with pytest.raises(httpx.ConnectError):
