@@ -18,14 +18,26 @@ ROOT = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     "records": {"errors", "types"},
     "services": {"config", "overrides", "checkpoint", "metrics", "progress", "rundir", "doctor"},
-    "tools": {"device", "data", "models", "optim", "pack", "microbatch", "beside", "granularity"},
+    "tools": {"device", "data", "models", "optim", "pack", "microbatch", "beside", "granularity", "measures"},
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
     "assembly": {
         *("traces", "bridge", "batches", "lab", "warmup", "artifacts", "state", "baselines"),
-        *("engines", "evaluate", "preflight", "export", "guided"),
+        *("engines", "preflight", "export", "judge"),
     },
+    "evaluation": {"evaluate", "guided"},
     "loop": {"train"},
-    "commands": {"run", "serve", "report", "benchmark", "ablate", "commands", "cli", "__main__", "integrations"},
+    "commands": {
+        "run",
+        "score",
+        "serve",
+        "report",
+        "benchmark",
+        "ablate",
+        "commands",
+        "cli",
+        "__main__",
+        "integrations",
+    },
 }
 RANK = {module: rank for rank, layer in enumerate(LAYERS.values()) for module in layer}
 

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from airl_fast.ablate.grid import Job, Variant
 from airl_fast.ablate.runner import summary_of
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.plots import BLUE, GREY, figure_of, save_figure
 from airl_fast.evaluate.summary import ABSENT, WIDTH, Summary, read_summary
+from airl_fast.measures.passk import Estimate
 from airl_fast.rundir import write_atomically
 
 # measure: (heading, what a run without skill reaches)

@@ -21,9 +21,9 @@ def _localize(arguments: argparse.Namespace) -> int:
     tokens = check_part(arguments.part_tokens)
 
     from airl_fast.errors import UserError
-    from airl_fast.evaluate.line_writer import check_lines_output
-    from airl_fast.evaluate.localise_command import Options, localise_command
     from airl_fast.evaluate.outputs import check_output
+    from airl_fast.score.line_writer import check_lines_output
+    from airl_fast.score.localise_command import Options, localise_command
 
     if arguments.out == "-":
         raise UserError("-o -: standard output is for the tables; name a file for the predictions.")

@@ -64,8 +64,8 @@ def _score(arguments: argparse.Namespace) -> int:
     file = input_path(arguments.file)
     tokens = check_part(arguments.part_tokens)
 
-    from airl_fast.evaluate.line_writer import check_lines_output
-    from airl_fast.evaluate.score_command import Options, score_command
+    from airl_fast.score.line_writer import check_lines_output
+    from airl_fast.score.score_command import Options, score_command
 
     out = check_lines_output(arguments.out, [file], force=arguments.force)
     options = Options(

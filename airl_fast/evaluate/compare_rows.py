@@ -15,8 +15,8 @@ import yaml
 
 from airl_fast.config import Config
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.summary import Summary, read_summary
+from airl_fast.measures.passk import Estimate
 from airl_fast.overrides import load_config, plain, read_yaml
 
 # Where a run lies and what it keeps; they do not change what it computes.

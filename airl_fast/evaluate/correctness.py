@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from airl_fast.data.verify import format_signals
-from airl_fast.evaluate.choose import finite
-from airl_fast.evaluate.correlate import (
+from airl_fast.evaluate.summary import ABSENT
+from airl_fast.evaluate.tables import Grid, as_text, plain
+from airl_fast.judge.choose import finite
+from airl_fast.measures.correlate import (
     PearsonMatrix,
     WelchT,
     WithinPromptAuroc,
@@ -19,9 +21,7 @@ from airl_fast.evaluate.correlate import (
     welch_t,
     within_prompt_auroc,
 )
-from airl_fast.evaluate.passk import Estimate, Floats
-from airl_fast.evaluate.summary import ABSENT
-from airl_fast.evaluate.tables import Grid, as_text, plain
+from airl_fast.measures.passk import Estimate, Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

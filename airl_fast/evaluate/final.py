@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from airl_fast.artifacts import POLICY, REWARD, load_policy, load_reward
-from airl_fast.evaluate.judge import judge_of
-from airl_fast.evaluate.passk import Estimate, pass_at_k, pass_at_ks
 from airl_fast.evaluate.policies import Samples, sample_policy
 from airl_fast.evaluate.record import record_evaluation, record_path
 from airl_fast.evaluate.reward import RewardReport, evaluate_reward
 from airl_fast.evaluate.summary import LOCALISERS, RERANKERS, Summary
+from airl_fast.judge.judge import judge_of
 from airl_fast.lab import Lab, held_out
+from airl_fast.measures.passk import Estimate, pass_at_k, pass_at_ks
 from airl_fast.metrics import peak_rss_gib
 
 Say = Callable[[str], None]

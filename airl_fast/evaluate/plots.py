@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.summary import LOCALISERS, POLICIES, RERANKERS, Summary, read_summary
+from airl_fast.measures.passk import Estimate
 
 # Keys of metrics.jsonl -> title of the panel. A key may be logged under its stage ("policy/entropy"). A key that a
 # run did not log leaves its panel out.

@@ -20,14 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from airl_fast.data.verify import format_signals
 from airl_fast.errors import UserError
-from airl_fast.evaluate.choose import choices, finite, score_traces
-from airl_fast.evaluate.correlate import WelchT, pearson_matrix, pooled_auroc, welch_t
-from airl_fast.evaluate.judge import Judge, Scored
-from airl_fast.evaluate.localise import Localisation, step_scores
-from airl_fast.evaluate.locate import Thresholds, changed_steps, suspicious_steps
-from airl_fast.evaluate.passk import Estimate, Floats, pass_at_ks
 from airl_fast.evaluate.policies import Samples
 from airl_fast.evaluate.reward import RewardReport
+from airl_fast.judge.choose import choices, finite, score_traces
+from airl_fast.judge.judge import Judge, Scored
+from airl_fast.judge.locate import Thresholds, changed_steps, suspicious_steps
+from airl_fast.measures.correlate import WelchT, pearson_matrix, pooled_auroc, welch_t
+from airl_fast.measures.localise import Localisation, step_scores
+from airl_fast.measures.passk import Estimate, Floats, pass_at_ks
 from airl_fast.rundir import write_atomically
 from airl_fast.types import Example
 

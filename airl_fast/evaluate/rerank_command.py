@@ -13,14 +13,8 @@ from numpy.typing import NDArray
 from airl_fast.data.trace_rows import TraceLabels, TraceRow, read_traces
 from airl_fast.errors import UserError
 from airl_fast.evaluate import correctness, reranking
-from airl_fast.evaluate.choose import score_traces
-from airl_fast.evaluate.judge import Judge, open_judge
-from airl_fast.evaluate.leakage import training_prompts
 from airl_fast.evaluate.outputs import write_json
-from airl_fast.evaluate.passk import Floats
 from airl_fast.evaluate.plots import save_figure
-from airl_fast.evaluate.rerank import answer_classes
-from airl_fast.evaluate.scoring import score_all
 from airl_fast.evaluate.sources import (
     TaskSource,
     find_policy,
@@ -31,7 +25,13 @@ from airl_fast.evaluate.sources import (
     with_policy,
 )
 from airl_fast.evaluate.tables import paragraph
+from airl_fast.judge.choose import score_traces
+from airl_fast.judge.judge import Judge, open_judge
+from airl_fast.judge.leakage import training_prompts
+from airl_fast.judge.scoring import score_all
 from airl_fast.lab import load_material
+from airl_fast.measures.passk import Floats
+from airl_fast.measures.rerank import answer_classes
 from airl_fast.types import Example, Trace
 
 Say = Callable[[str], None]

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from airl_fast.evaluate.correctness import estimate_document
-from airl_fast.evaluate.passk import Estimate, Floats, mean_estimate, pass_at_k_per_prompt
 from airl_fast.evaluate.plots import BLUE, GREEN, GREY, ORANGE, PINK, VERMILION, figure_of
-from airl_fast.evaluate.rerank import Reranking, rerank, vote_weights
-from airl_fast.evaluate.subsets import best_of_subset, sizes, vote_of_subset
 from airl_fast.evaluate.tables import Grid, as_text, in_brackets, paragraph, percent, signed_percent
+from airl_fast.measures.passk import Estimate, Floats, mean_estimate, pass_at_k_per_prompt
+from airl_fast.measures.rerank import Reranking, rerank, vote_weights
+from airl_fast.measures.subsets import best_of_subset, sizes, vote_of_subset
 
 VOTES = {"weighted_vote": "reward"}  # the score whose probabilities are the votes
 LABELS = {

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from airl_fast.evaluate.choose import choices, finite, score_traces
-from airl_fast.evaluate.correlate import within_prompt_auroc
-from airl_fast.evaluate.judge import Judge, Scored
-from airl_fast.evaluate.localise import Ints, Localisation
-from airl_fast.evaluate.locate import Thresholds, calibrate, changed_steps, known_errors, locate
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.policies import Samples
+from airl_fast.judge.choose import choices, finite, score_traces
+from airl_fast.judge.judge import Judge, Scored
+from airl_fast.judge.locate import Thresholds, calibrate, changed_steps, known_errors, locate
+from airl_fast.measures.correlate import within_prompt_auroc
+from airl_fast.measures.localise import Ints, Localisation
+from airl_fast.measures.passk import Estimate
 from airl_fast.types import Example
 
 

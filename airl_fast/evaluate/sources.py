@@ -11,8 +11,8 @@ from airl_fast.config import Config, ModelConfig
 from airl_fast.data.task import Task, make_task
 from airl_fast.engines import engine_for
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge, bridge_from
 from airl_fast.evaluate.policies import Samples
+from airl_fast.judge.judge import Judge, bridge_from
 from airl_fast.lab import make_maker, sampling_params
 from airl_fast.models.adapters import is_adapter_directory
 from airl_fast.models.forward import verify_packing

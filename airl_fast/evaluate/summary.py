@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import Estimate
+from airl_fast.measures.passk import Estimate
 
 POLICIES = ("start", "sft", "grpo", "airl")
 RERANKERS = ("reward", "random", "majority", "logprob")

@@ -11,15 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.choose import choices, finite, score_traces
-from airl_fast.evaluate.correlate import WithinPromptAuroc, pooled_auroc, within_prompt_auroc
-from airl_fast.evaluate.judge import Judge, Scored, open_judge
-from airl_fast.evaluate.leakage import training_prompts
-from airl_fast.evaluate.localise import Localisation
-from airl_fast.evaluate.locate import Thresholds, calibrate, changed_steps, known_errors, locate
-from airl_fast.evaluate.passk import Estimate, pass_at_k
 from airl_fast.evaluate.policies import Samples
-from airl_fast.evaluate.scoring import score_all
 from airl_fast.evaluate.sources import (
     Say,
     find_policy,
@@ -31,7 +23,15 @@ from airl_fast.evaluate.sources import (
     with_policy,
     with_task,
 )
+from airl_fast.judge.choose import choices, finite, score_traces
+from airl_fast.judge.judge import Judge, Scored, open_judge
+from airl_fast.judge.leakage import training_prompts
+from airl_fast.judge.locate import Thresholds, calibrate, changed_steps, known_errors, locate
+from airl_fast.judge.scoring import score_all
 from airl_fast.lab import load_material
+from airl_fast.measures.correlate import WithinPromptAuroc, pooled_auroc, within_prompt_auroc
+from airl_fast.measures.localise import Localisation
+from airl_fast.measures.passk import Estimate, pass_at_k
 from airl_fast.types import Example
 
 OWN_ERRORS, PERTURBED = "the policy's own errors", "perturbed demonstrations"

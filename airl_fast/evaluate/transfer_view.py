@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from airl_fast.evaluate.correctness import estimate_document
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.plots import figure_of
 from airl_fast.evaluate.reranking import LABELS
 from airl_fast.evaluate.summary import ABSENT, LOCALISERS
 from airl_fast.evaluate.tables import Grid, as_text, paragraph, percent, plain, signed_percent
 from airl_fast.evaluate.transfer import Cell
+from airl_fast.measures.passk import Estimate
 
 _PICKS = ("reward", "random", "majority", "weighted_vote", "logprob", "oracle")
 _STEPS = {"reward": "learned reward", "chance": "chance (exact)", "logprob": "log-probability, same rule"}

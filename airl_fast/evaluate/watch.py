@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from airl_fast.evaluate.judge import judge_of
-from airl_fast.evaluate.localise import chance_hits, step_scores, suspicion, trace_hits
-from airl_fast.evaluate.locate import changed_steps
+from airl_fast.judge.judge import judge_of
+from airl_fast.judge.locate import changed_steps
 from airl_fast.lab import Lab
+from airl_fast.measures.localise import chance_hits, step_scores, suspicion, trace_hits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

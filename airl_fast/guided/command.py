@@ -12,8 +12,6 @@ from airl_fast.config import Config
 from airl_fast.data.task import Split
 from airl_fast.device import pick_device
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge, locate_reward, open_judge
-from airl_fast.evaluate.leakage import training_prompts
 from airl_fast.evaluate.plots import save_figure
 from airl_fast.guided.compare import Solved, draw_pool, grade, run_methods
 from airl_fast.guided.options import Workshop, settings_of
@@ -21,6 +19,8 @@ from airl_fast.guided.prompts import Answers, read_problems, split_problems
 from airl_fast.guided.records import Outcome, Problem
 from airl_fast.guided.report import as_document, figure, render
 from airl_fast.guided.session import Session
+from airl_fast.judge.judge import Judge, locate_reward, open_judge
+from airl_fast.judge.leakage import training_prompts
 from airl_fast.lab import load_material, sampling_params
 from airl_fast.models.forward import verify_packing
 from airl_fast.models.load import LanguageModel

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from airl_fast.data.task import Task
-from airl_fast.evaluate.passk import Estimate, Floats, mean_estimate, paired_difference
-from airl_fast.evaluate.rerank import answer_classes
 from airl_fast.guided.options import Setting
 from airl_fast.guided.pool import Pool, copies_of
 from airl_fast.guided.records import Draft, Method, Outcome, Problem
 from airl_fast.guided.session import Session
+from airl_fast.measures.passk import Estimate, Floats, mean_estimate, paired_difference
+from airl_fast.measures.rerank import answer_classes
 from airl_fast.types import Example
 
 Open = Callable[[int, int, int], Session]  # (first problem, one past the last, repeat)

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge
-from airl_fast.evaluate.locate import calibrate
 from airl_fast.guided.best_of import BestOf
 from airl_fast.guided.records import Method
 from airl_fast.guided.reject import Reject, floor_that_keeps, lowest_running
 from airl_fast.guided.revise import Revise
 from airl_fast.guided.steps import Beam
 from airl_fast.guided.tokens import TOP_K, Reweigh, check_guidable
+from airl_fast.judge.judge import Judge
+from airl_fast.judge.locate import calibrate
 from airl_fast.types import Example
 
 Value = int | float | str

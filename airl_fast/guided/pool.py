@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.rerank import choose_by_vote
+from airl_fast.measures.passk import Floats
+from airl_fast.measures.rerank import choose_by_vote
 
 VOTE_SUBSETS = 200
 _CHUNK = 2_000_000  # comparisons between a subset's samples held at once

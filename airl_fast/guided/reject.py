@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.localise import TokenValues
-from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.rerank import Scorer
 from airl_fast.guided.records import Draft, Outcome
 from airl_fast.guided.session import Session
+from airl_fast.measures.localise import TokenValues
+from airl_fast.measures.passk import Floats
+from airl_fast.measures.rerank import Scorer
 
 Running = Literal["min", "mean"]
 _SCORERS: dict[Running, Scorer] = {"min": "min_step", "mean": "mean"}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from airl_fast.evaluate.localise import StepScores, step_scores, suspicion
 from airl_fast.guided.records import Draft, Outcome
 from airl_fast.guided.session import Session
+from airl_fast.measures.localise import StepScores, step_scores, suspicion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

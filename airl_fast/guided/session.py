@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge
-from airl_fast.evaluate.localise import TokenValues
-from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.rerank import Scorer, trace_scores
 from airl_fast.guided.records import Draft, Outcome, Problem
+from airl_fast.judge.judge import Judge
+from airl_fast.measures.localise import TokenValues
+from airl_fast.measures.passk import Floats
+from airl_fast.measures.rerank import Scorer, trace_scores
 from airl_fast.rollout.engine import SamplingParams
 from airl_fast.rollout.stepwise import Guide, Start, Streams, extend
 from airl_fast.types import Example, Kind, Trace

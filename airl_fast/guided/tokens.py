@@ -28,10 +28,10 @@ from dataclasses import dataclass
 import torch
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge
 from airl_fast.guided.cursor import Cursor
 from airl_fast.guided.records import Draft, Outcome
 from airl_fast.guided.session import Session
+from airl_fast.judge.judge import Judge
 
 TOP_K = 20
 

@@ -21,10 +21,10 @@ from airl_fast.data.task import make_task
 from airl_fast.device import pick_device
 from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import bridge_from, locate_reward
-from airl_fast.evaluate.localise import TokenValues
-from airl_fast.evaluate.rerank import Scorer, trace_scores
+from airl_fast.judge.judge import bridge_from, locate_reward
 from airl_fast.lab import make_maker
+from airl_fast.measures.localise import TokenValues
+from airl_fast.measures.rerank import Scorer, trace_scores
 from airl_fast.overrides import load_config, read_yaml
 from airl_fast.pack import pack
 from airl_fast.traces import TraceMaker

@@ -6,10 +6,10 @@ from typing import Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from airl_fast.evaluate.localise import Localisation
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.record import Curve, Record, RewardRecord
 from airl_fast.evaluate.summary import LABELS
+from airl_fast.measures.localise import Localisation
+from airl_fast.measures.passk import Estimate
 from airl_fast.report.runs import RunData
 from airl_fast.report.style import (
     BLUE,

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.summary import ABSENT, LABELS, LOCALISERS, POLICIES, RERANKERS, Summary
+from airl_fast.measures.passk import Estimate
 from airl_fast.report.runs import RunData
 
 UNSET = "unset"

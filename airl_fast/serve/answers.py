@@ -6,13 +6,13 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from airl_fast.config import EvaluateConfig
-from airl_fast.evaluate.choose import score_traces
-from airl_fast.evaluate.describe import describe, step_spans
-from airl_fast.evaluate.judge import Judge, Scored
-from airl_fast.evaluate.localise import Rule, StepRule, step_scores
-from airl_fast.evaluate.locate import Thresholds, suspicious_steps
-from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.rerank import Scorer, vote_weights
+from airl_fast.judge.choose import score_traces
+from airl_fast.judge.describe import describe, step_spans
+from airl_fast.judge.judge import Judge, Scored
+from airl_fast.judge.locate import Thresholds, suspicious_steps
+from airl_fast.measures.localise import Rule, StepRule, step_scores
+from airl_fast.measures.passk import Floats
+from airl_fast.measures.rerank import Scorer, vote_weights
 from airl_fast.serve.schema import SignalName
 from airl_fast.types import Example
 

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from airl_fast.data.trace_rows import TraceRow, parse_trace
 from airl_fast.device import ops_backend
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge
-from airl_fast.evaluate.locate import Thresholds
-from airl_fast.evaluate.rerank import Scorer
+from airl_fast.judge.judge import Judge
+from airl_fast.judge.locate import Thresholds
+from airl_fast.measures.rerank import Scorer
 from airl_fast.serve.answers import (
     LocalizeOut,
     RerankOut,

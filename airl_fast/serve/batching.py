@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from airl_fast.data.trace_rows import TraceRow
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge, Scored
-from airl_fast.evaluate.localise import TokenValues
+from airl_fast.judge.judge import Judge, Scored
+from airl_fast.measures.localise import TokenValues
 from airl_fast.serve.errors import ServiceError
 from airl_fast.types import Example, Trace
 

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt
 
-from airl_fast.evaluate.localise import Rule
-from airl_fast.evaluate.rerank import Scorer
+from airl_fast.measures.localise import Rule
+from airl_fast.measures.rerank import Scorer
 
 # Fields of a trace file that say what is right. They are refused by name, so that nobody believes they were used.
 LABELS = frozenset({"answer", "correct", "first_wrong_step", "group", "gold", "is_correct", "label"})

@@ -11,8 +11,8 @@ from pathlib import Path
 import uvicorn
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge, locate_reward, open_judge
-from airl_fast.evaluate.locate import Thresholds, calibrate
+from airl_fast.judge.judge import Judge, locate_reward, open_judge
+from airl_fast.judge.locate import Thresholds, calibrate
 from airl_fast.lab import load_material
 from airl_fast.serve.app import Settings, make_app
 

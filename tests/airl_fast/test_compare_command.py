@@ -9,8 +9,8 @@ import yaml
 
 from airl_fast.cli import main
 from airl_fast.evaluate.compare import Row, aggregate, figure, read_runs, render
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.summary import Summary, write_summary
+from airl_fast.measures.passk import Estimate
 from tests.airl_fast.run_cases import small_run
 
 

@@ -12,9 +12,9 @@ import pytest
 from airl_fast.artifacts import REWARD, load_reward
 from airl_fast.cli import main
 from airl_fast.evaluate.command import open_run
-from airl_fast.evaluate.judge import judge_of
 from airl_fast.evaluate.policies import Samples
 from airl_fast.evaluate.reward import evaluate_reward
+from airl_fast.judge.judge import judge_of
 from airl_fast.lab import Lab, held_out
 from airl_fast.types import Example, Kind, Trace
 from tests.airl_fast.run_cases import metrics, small_run

@@ -11,8 +11,8 @@ import pytest
 
 from airl_fast.cli import main
 from airl_fast.data.task import make_task
-from airl_fast.evaluate.judge import open_judge
-from airl_fast.evaluate.locate import calibrate, locate
+from airl_fast.judge.judge import open_judge
+from airl_fast.judge.locate import calibrate, locate
 from airl_fast.lab import load_material
 from airl_fast.types import Example
 from tests.airl_fast.run_cases import DATA, small_run

@@ -14,7 +14,7 @@ import pytest
 
 from airl_fast.cli import main
 from airl_fast.data.task import make_task
-from airl_fast.evaluate.judge import open_judge
+from airl_fast.judge.judge import open_judge
 from tests.airl_fast.run_cases import DATA, train
 
 FILES = {

@@ -9,11 +9,11 @@ import pytest
 
 from airl_fast.cli import main
 from airl_fast.data.task import make_task
-from airl_fast.evaluate.judge import Scored
-from airl_fast.evaluate.localise import TokenValues
-from airl_fast.evaluate.rerank import choose_by_score, choose_by_vote
-from airl_fast.evaluate.scoring import join
-from airl_fast.evaluate.subsets import best_of_subset, sizes, vote_of_subset
+from airl_fast.judge.judge import Scored
+from airl_fast.judge.scoring import join
+from airl_fast.measures.localise import TokenValues
+from airl_fast.measures.rerank import choose_by_score, choose_by_vote
+from airl_fast.measures.subsets import best_of_subset, sizes, vote_of_subset
 from airl_fast.overrides import read_yaml
 from tests.airl_fast.run_cases import small_run
 
@@ -157,7 +157,7 @@ def test_a_vote_among_subsets_is_exact_or_close_to_it(monkeypatch: pytest.Monkey
     ]
     found, exact = vote_of_subset(classes, correct, 5, weights)
     assert exact and found == pytest.approx(np.mean(each, axis=0))
-    monkeypatch.setattr("airl_fast.evaluate.subsets._MOST_VOTES", 100)
+    monkeypatch.setattr("airl_fast.measures.subsets._MOST_VOTES", 100)
     near, exact = vote_of_subset(classes, correct, 5, weights)
     assert not exact and np.abs(near - found).max() < 0.08
 

@@ -12,10 +12,10 @@ from airl_fast.artifacts import POLICY, REWARD, START
 from airl_fast.checkpoint import load_tree
 from airl_fast.cli import main
 from airl_fast.evaluate.command import open_run
-from airl_fast.evaluate.judge import open_judge
-from airl_fast.evaluate.localise import chance_hits, step_scores, summarise_hits, suspicion, trace_hits
-from airl_fast.evaluate.locate import changed_steps
 from airl_fast.evaluate.summary import read_summary
+from airl_fast.judge.judge import open_judge
+from airl_fast.judge.locate import changed_steps
+from airl_fast.measures.localise import chance_hits, step_scores, summarise_hits, suspicion, trace_hits
 from tests.airl_fast.run_cases import EASY, metrics, small_run, train, weights
 
 CLOCK = ("seconds/", "tokens_per_s", "eta_s", "peak_rss_gib")

@@ -11,10 +11,10 @@ import pytest
 
 from airl_fast.cli import main
 from airl_fast.data.task import make_task
-from airl_fast.evaluate.judge import open_judge
-from airl_fast.evaluate.localise import step_scores
-from airl_fast.evaluate.rerank import trace_scores
 from airl_fast.integrations.reward import AIRLRewardFunction
+from airl_fast.judge.judge import open_judge
+from airl_fast.measures.localise import step_scores
+from airl_fast.measures.rerank import trace_scores
 from airl_fast.types import Example
 from tests.airl_fast.run_cases import small_run
 

@@ -9,11 +9,11 @@ import pytest
 from airl_fast.cli import main
 from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge, open_judge
 from airl_fast.evaluate.policies import Samples
 from airl_fast.evaluate.sources import find_policy, find_task, with_policy, with_task
 from airl_fast.evaluate.transfer import measure
 from airl_fast.evaluate.transfer_view import figure
+from airl_fast.judge.judge import Judge, open_judge
 from airl_fast.models.heads import make_head
 from airl_fast.types import Kind, Trace
 from tests.airl_fast.run_cases import DATA, small_run

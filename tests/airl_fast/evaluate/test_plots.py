@@ -8,9 +8,9 @@ import pytest
 from matplotlib.image import imread
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.plots import CURVES, curves_figure, plot_run, read_metrics, summary_figure
 from airl_fast.evaluate.summary import Summary, write_summary
+from airl_fast.measures.passk import Estimate
 
 SUMMARY = Summary(
     pass_at_1={"start": Estimate(0.5, 0.4, 0.6), "airl": Estimate(0.9, 0.85, 0.95)},

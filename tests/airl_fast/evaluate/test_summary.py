@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.summary import Summary, read_summary, render_table, write_summary
+from airl_fast.measures.passk import Estimate
 
 FULL = Summary(
     pass_at_1={

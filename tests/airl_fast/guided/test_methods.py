@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge, open_judge
-from airl_fast.evaluate.localise import TokenValues
 from airl_fast.guided import session as session_module
 from airl_fast.guided.best_of import BestOf
 from airl_fast.guided.records import Problem
@@ -16,7 +14,9 @@ from airl_fast.guided.revise import Revise
 from airl_fast.guided.session import Session
 from airl_fast.guided.steps import Beam
 from airl_fast.guided.tokens import Reweigh, check_guidable
+from airl_fast.judge.judge import Judge, open_judge
 from airl_fast.lab import sampling_params
+from airl_fast.measures.localise import TokenValues
 from tests.airl_fast.data.test_chat import FORMATS
 from tests.airl_fast.model_cases import language_model
 from tests.airl_fast.run_cases import small_run

@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from airl_fast.evaluate.correlate import WelchT
-from airl_fast.evaluate.localise import Localisation
-from airl_fast.evaluate.passk import Estimate
 from airl_fast.evaluate.record import (
     Correlations,
     Record,
@@ -22,6 +19,9 @@ from airl_fast.evaluate.record import (
     write_record,
 )
 from airl_fast.evaluate.summary import Summary, write_summary
+from airl_fast.measures.correlate import WelchT
+from airl_fast.measures.localise import Localisation
+from airl_fast.measures.passk import Estimate
 
 STEPS = 40
 PHASES = {"seconds/sample": 0.25, "seconds/policy": 0.5}

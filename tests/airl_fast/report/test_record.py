@@ -12,10 +12,10 @@ import torch
 from airl_fast.artifacts import REWARD, load_reward
 from airl_fast.evaluate import record as recording
 from airl_fast.evaluate.command import open_run
-from airl_fast.evaluate.judge import Judge, judge_of, open_judge
 from airl_fast.evaluate.policies import Samples, sample_policy
 from airl_fast.evaluate.record import curve_ks, prompts_that_fit, read_record, record_evaluation, record_path
 from airl_fast.evaluate.reward import evaluate_reward
+from airl_fast.judge.judge import Judge, judge_of, open_judge
 from airl_fast.lab import Lab, held_out
 from tests.airl_fast.run_cases import small_run
 

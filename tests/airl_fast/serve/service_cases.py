@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 from fastapi import FastAPI
 
 from airl_fast.config import BuildConfig
-from airl_fast.evaluate.judge import Judge, open_judge
-from airl_fast.evaluate.locate import Thresholds
+from airl_fast.judge.judge import Judge, open_judge
+from airl_fast.judge.locate import Thresholds
 from airl_fast.models.build import build_model, build_tokenizer
 from airl_fast.models.load import wrap
 from airl_fast.serve.app import Settings, make_app

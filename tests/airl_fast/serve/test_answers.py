@@ -8,9 +8,9 @@ from fastapi.testclient import TestClient
 
 from airl_fast.cli import main
 from airl_fast.data.tags import format_trace
-from airl_fast.evaluate.choose import score_traces
-from airl_fast.evaluate.localise import step_scores
-from airl_fast.evaluate.locate import suspicious_steps
+from airl_fast.judge.choose import score_traces
+from airl_fast.judge.locate import suspicious_steps
+from airl_fast.measures.localise import step_scores
 from airl_fast.serve.answers import weighted_vote
 from tests.airl_fast.run_cases import small_run
 from tests.airl_fast.serve.service_cases import app_with, demonstrations, judge, rows, thresholds

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from airl_fast.data.trace_rows import TraceRow
-from airl_fast.evaluate.judge import Judge
+from airl_fast.judge.judge import Judge
 from airl_fast.serve.answers import score_answer
 from airl_fast.serve.batching import Batcher
 from airl_fast.serve.errors import ServiceError

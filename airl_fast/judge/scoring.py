@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from airl_fast.evaluate.judge import Judge, Scored
-from airl_fast.evaluate.localise import TokenValues
+from airl_fast.judge.judge import Judge, Scored
+from airl_fast.measures.localise import TokenValues
 from airl_fast.types import Example, Trace
 
 PART = 2048  # traces packed at once

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.localise import TokenValues
-from airl_fast.evaluate.passk import mean_estimate, paired_difference, pass_at_k_per_prompt
-from airl_fast.evaluate.rerank import (
+from airl_fast.measures.localise import TokenValues
+from airl_fast.measures.passk import mean_estimate, paired_difference, pass_at_k_per_prompt
+from airl_fast.measures.rerank import (
     NO_ANSWER,
     answer_classes,
     choose_by_score,

@@ -15,18 +15,18 @@ import numpy as np
 
 from airl_fast.data.trace_rows import NO_ERROR, TraceLabels, TraceRow
 from airl_fast.errors import UserError
-from airl_fast.evaluate.describe import rounded, step_spans
-from airl_fast.evaluate.judge import Judge, Scored, open_judge
-from airl_fast.evaluate.line_writer import LineWriter
-from airl_fast.evaluate.localise import StepScores, step_scores
-from airl_fast.evaluate.locate import SIGNALS
-from airl_fast.evaluate.located import UNKNOWN, Labelled, Section, measure
-from airl_fast.evaluate.located_view import as_document, render
-from airl_fast.evaluate.naming import NamedTrace, Naming, calibrated, named, naming
 from airl_fast.evaluate.outputs import write_json
-from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.score_command import Pace, given_step, identity, known_labels, parts_of
-from airl_fast.evaluate.trace_parts import Part, Tally, steps_of_ends
+from airl_fast.judge.describe import rounded, step_spans
+from airl_fast.judge.judge import Judge, Scored, open_judge
+from airl_fast.judge.locate import SIGNALS
+from airl_fast.judge.naming import NamedTrace, Naming, calibrated, named, naming
+from airl_fast.measures.localise import StepScores, step_scores
+from airl_fast.measures.passk import Floats
+from airl_fast.score.line_writer import LineWriter
+from airl_fast.score.located import UNKNOWN, Labelled, Section, measure
+from airl_fast.score.located_view import as_document, render
+from airl_fast.score.score_command import Pace, given_step, identity, known_labels, parts_of
+from airl_fast.score.trace_parts import Part, Tally, steps_of_ends
 from airl_fast.types import Example
 
 Say = Callable[[str], None]

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.localise import StepRule, TokenValues, step_scores
-from airl_fast.evaluate.passk import (
+from airl_fast.measures.localise import StepRule, TokenValues, step_scores
+from airl_fast.measures.passk import (
     RESAMPLES,
     Estimate,
     Floats,

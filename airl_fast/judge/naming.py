@@ -7,11 +7,11 @@ import numpy as np
 
 from airl_fast.config import EvaluateConfig
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge, Scored
-from airl_fast.evaluate.localise import Ints, step_scores
-from airl_fast.evaluate.locate import Thresholds, calibrate, suspicious_steps
-from airl_fast.evaluate.passk import Floats
+from airl_fast.judge.judge import Judge, Scored
+from airl_fast.judge.locate import Thresholds, calibrate, suspicious_steps
 from airl_fast.lab import load_material
+from airl_fast.measures.localise import Ints, step_scores
+from airl_fast.measures.passk import Floats
 from airl_fast.types import Example
 
 GIVEN, CALIBRATED = "--threshold", "perturbed training demonstrations of the run"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import (
+from airl_fast.measures.passk import (
     RESAMPLES,
     Estimate,
     Floats,

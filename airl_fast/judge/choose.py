@@ -8,9 +8,9 @@ from numpy.typing import ArrayLike
 
 from airl_fast.config import Config
 from airl_fast.data.task import Task
-from airl_fast.evaluate.judge import Scored
-from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.rerank import Reranking, Scorer, answer_classes, rerank, trace_scores, vote_weights
+from airl_fast.judge.judge import Scored
+from airl_fast.measures.passk import Floats
+from airl_fast.measures.rerank import Reranking, Scorer, answer_classes, rerank, trace_scores, vote_weights
 from airl_fast.types import Example
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from airl_fast.config import EvaluateConfig
 from airl_fast.data.trace_rows import NO_ERROR
-from airl_fast.evaluate.correlate import WithinPromptAuroc, pooled_auroc, within_prompt_auroc
-from airl_fast.evaluate.localise import Ints, Localisation, StepScores, suspicion
-from airl_fast.evaluate.locate import SIGNALS, Thresholds, hits_by_name
-from airl_fast.evaluate.passk import RESAMPLES, Estimate, Floats, cluster_codes, interval, resample_counts
+from airl_fast.judge.locate import SIGNALS, Thresholds, hits_by_name
+from airl_fast.measures.correlate import WithinPromptAuroc, pooled_auroc, within_prompt_auroc
+from airl_fast.measures.localise import Ints, Localisation, StepScores, suspicion
+from airl_fast.measures.passk import RESAMPLES, Estimate, Floats, cluster_codes, interval, resample_counts
 
 UNKNOWN = -2  # a first wrong step, or a verdict, that the file does not say
 EVERYTHING = "all"

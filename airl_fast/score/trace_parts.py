@@ -6,8 +6,8 @@ from pathlib import Path
 
 from airl_fast.data.trace_rows import TraceLabels, TraceRow, read_traces
 from airl_fast.errors import UserError
-from airl_fast.evaluate.judge import Judge
-from airl_fast.evaluate.leakage import TrainingPrompts
+from airl_fast.judge.judge import Judge
+from airl_fast.judge.leakage import TrainingPrompts
 from airl_fast.types import Example, Trace
 
 STDIN = "-"

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 
 from airl_fast.config import EvaluateConfig
 from airl_fast.data.task import LocatesErrors, Task
-from airl_fast.evaluate.judge import Judge, Scored
-from airl_fast.evaluate.localise import (
+from airl_fast.judge.judge import Judge, Scored
+from airl_fast.measures.localise import (
     Ints,
     Localisation,
     Rule,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.localise import (
+from airl_fast.measures.localise import (
     StepScores,
     TokenValues,
     calibrate_threshold,

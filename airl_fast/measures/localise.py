@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import RESAMPLES, Estimate, Floats, as_finite, mean_estimate
+from airl_fast.measures.passk import RESAMPLES, Estimate, Floats, as_finite, mean_estimate
 
 Ints = NDArray[np.int64]
 StepRule = Literal["mean", "min"]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.correlate import pearson_matrix, pooled_auroc, welch_t, within_prompt_auroc
+from airl_fast.measures.correlate import pearson_matrix, pooled_auroc, welch_t, within_prompt_auroc
 
 TRACES = st.lists(
     st.tuples(st.integers(0, 3), st.sampled_from([-1.0, 0.0, 0.5, 2.0]), st.booleans()), min_size=1, max_size=20
@@ -60,7 +60,7 @@ def test_pooled_interval_resamples_prompts_and_matches_a_plain_bootstrap(monkeyp
     np.testing.assert_allclose([got.low, got.high], np.quantile(draws, [0.025, 0.975]), atol=0.02)
     alone = pooled_auroc(scores, correct, resamples=1500)
     assert alone.high - alone.low < 0.75 * (got.high - got.low)
-    monkeypatch.setattr("airl_fast.evaluate.correlate._CHUNK_ENTRIES", 1000)
+    monkeypatch.setattr("airl_fast.measures.correlate._CHUNK_ENTRIES", 1000)
     chunked = pooled_auroc(scores, correct, prompts=prompts, resamples=1500)
     assert (chunked.low, chunked.high) == pytest.approx((got.low, got.high), abs=1e-12)
 

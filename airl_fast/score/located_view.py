@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from airl_fast.evaluate.located import LENGTH, Section
-from airl_fast.evaluate.naming import GIVEN, Naming
 from airl_fast.evaluate.summary import ABSENT
 from airl_fast.evaluate.tables import Grid, as_text, paragraph, percent, percent_value, plain
+from airl_fast.judge.naming import GIVEN, Naming
+from airl_fast.score.located import LENGTH, Section
 
 _NAMES = {"reward": "reward", "logprob": "log-prob."}
 _TOO_MANY = 0.9  # share of traces without an error below a threshold that says nothing any more

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import Floats, as_correct
-from airl_fast.evaluate.rerank import choose_by_vote
+from airl_fast.measures.passk import Floats, as_correct
+from airl_fast.measures.rerank import choose_by_vote
 
 _MOST_VOTES = 250_000  # subsets of all prompts that a vote is counted in
 _DRAWN = 500  # subsets, the same for every prompt, where these would be more

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airl_fast.errors import UserError
-from airl_fast.evaluate.passk import (
+from airl_fast.measures.passk import (
     Estimate,
     interval,
     mean_estimate,
@@ -65,7 +65,7 @@ def test_interval_matches_the_normal_one_for_many_prompts():
 def test_resampling_in_chunks_equals_resampling_at_once(monkeypatch):
     values = np.random.default_rng(0).normal(size=11)
     whole = mean_estimate(values, resamples=50, seed=4)
-    monkeypatch.setattr("airl_fast.evaluate.passk._CHUNK_ENTRIES", 30)
+    monkeypatch.setattr("airl_fast.measures.passk._CHUNK_ENTRIES", 30)
     assert mean_estimate(values, resamples=50, seed=4) == whole
 
 

@@ -11,14 +11,14 @@ import pytest
 from airl_fast.config import EvaluateConfig
 from airl_fast.data.trace_rows import NO_ERROR
 from airl_fast.errors import UserError
-from airl_fast.evaluate.correlate import pooled_auroc, within_prompt_auroc
-from airl_fast.evaluate.judge import open_judge
-from airl_fast.evaluate.line_writer import LineWriter, check_lines_output
-from airl_fast.evaluate.localise import StepScores, TokenValues
-from airl_fast.evaluate.locate import locate
-from airl_fast.evaluate.located import UNKNOWN, Labelled, mean_estimates, measure, worst
-from airl_fast.evaluate.passk import mean_estimate
-from airl_fast.evaluate.trace_parts import Tally, read_parts, steps_of_ends
+from airl_fast.judge.judge import open_judge
+from airl_fast.judge.locate import locate
+from airl_fast.measures.correlate import pooled_auroc, within_prompt_auroc
+from airl_fast.measures.localise import StepScores, TokenValues
+from airl_fast.measures.passk import mean_estimate
+from airl_fast.score.line_writer import LineWriter, check_lines_output
+from airl_fast.score.located import UNKNOWN, Labelled, mean_estimates, measure, worst
+from airl_fast.score.trace_parts import Tally, read_parts, steps_of_ends
 from tests.airl_fast.run_cases import small_run
 
 # ---------------------------------------------------------------------------------------------- lines

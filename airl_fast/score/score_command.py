@@ -13,13 +13,13 @@ from typing import Any
 
 from airl_fast.data.trace_rows import NO_ERROR, TraceLabels
 from airl_fast.errors import UserError
-from airl_fast.evaluate.describe import Only, describe, rounded, rounded_list
-from airl_fast.evaluate.judge import Judge, locate_reward, open_judge
-from airl_fast.evaluate.leakage import TrainingPrompts, training_prompts
-from airl_fast.evaluate.line_writer import LineWriter
-from airl_fast.evaluate.naming import NamedTrace, Naming, named, naming
-from airl_fast.evaluate.trace_parts import Part, Tally, part_tokens, read_parts, steps_of_ends
+from airl_fast.judge.describe import Only, describe, rounded, rounded_list
+from airl_fast.judge.judge import Judge, locate_reward, open_judge
+from airl_fast.judge.leakage import TrainingPrompts, training_prompts
+from airl_fast.judge.naming import NamedTrace, Naming, named, naming
 from airl_fast.metrics import peak_rss_gib
+from airl_fast.score.line_writer import LineWriter
+from airl_fast.score.trace_parts import Part, Tally, part_tokens, read_parts, steps_of_ends
 
 Say = Callable[[str], None]
 _TELL_EVERY = 5.0  # seconds

@@ -20,8 +20,8 @@ from airl_fast.data.task import Task, make_task
 from airl_fast.device import pick_device
 from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
-from airl_fast.evaluate.localise import TokenValues
 from airl_fast.lab import Lab, draws_of, make_maker
+from airl_fast.measures.localise import TokenValues
 from airl_fast.microbatch import TokenBudget, over_tokens
 from airl_fast.models.attention import shares_prompts
 from airl_fast.models.forward import token_logprobs, verify_packing

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from airl_fast.evaluate.choose import score_traces
-from airl_fast.evaluate.judge import Judge, Scored
-from airl_fast.evaluate.localise import TokenValues, step_scores
-from airl_fast.evaluate.passk import Floats
-from airl_fast.evaluate.rerank import discounted_to_go
+from airl_fast.judge.choose import score_traces
+from airl_fast.judge.judge import Judge, Scored
+from airl_fast.measures.localise import TokenValues, step_scores
+from airl_fast.measures.passk import Floats
+from airl_fast.measures.rerank import discounted_to_go
 from airl_fast.types import Trace
 
 Only = Literal["trace", "steps", "tokens"]

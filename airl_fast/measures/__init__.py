@@ -1,0 +1,1 @@
+"""Measures on plain arrays, with their intervals: pass@k, reranking, localisation, correlation."""
