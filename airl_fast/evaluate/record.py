@@ -24,12 +24,11 @@ from airl_fast.evaluate.policies import Samples
 from airl_fast.evaluate.reward import RewardReport
 from airl_fast.judge.choose import choices, finite, score_traces
 from airl_fast.judge.judge import Judge, Scored
-from airl_fast.judge.locate import Thresholds, changed_steps, suspicious_steps
+from airl_fast.judge.locate import Thresholds, changed_steps, readable, suspicious_steps
 from airl_fast.measures.correlate import WelchT, pearson_matrix, pooled_auroc, welch_t
 from airl_fast.measures.localise import Localisation, step_scores
 from airl_fast.measures.passk import Estimate, Floats, pass_at_ks
 from airl_fast.rundir import write_atomically
-from airl_fast.types import Example
 
 MAX_TRACES = 2000
 MAX_TOKENS = 300_000
@@ -227,7 +226,7 @@ def _recorded(judge: Judge, samples: Samples, report: RewardReport, count: int) 
     made = _traces(judge, evidence.samples, evidence.thresholds, truth, chosen, lambda group: group)
     broken, sources = evidence.perturbed, evidence.with_expert
     if broken is None and evidence.truth is not None:
-        sources = tuple(e for e in _readable(judge, samples.examples[:count]) if e.expert is not None)
+        sources = tuple(readable(judge, samples.examples[:count]))
         broken = judge.perturbed(sources)
     if broken is None:
         return made
@@ -237,13 +236,6 @@ def _recorded(judge: Judge, samples: Samples, report: RewardReport, count: int) 
     return made + _traces(
         judge, broken, evidence.thresholds, changed, wanted, lambda group: place[sources[group].id], "perturbed"
     )
-
-
-def _readable(judge: Judge, examples: Sequence[Example]) -> list[Example]:
-    """Those whose demonstration fits the models' contexts: an evaluation needs only their samples to."""
-    return [
-        e for e in examples if e.expert is not None and judge.excess([judge.maker.expert(e, 0)], [e]) is None
-    ]  # fmt: skip
 
 
 def _traces(

@@ -73,7 +73,7 @@ def _gather(judge: Judge, samples: Samples, scored: Scored, demonstrations: Sequ
         truth=truth,
         perturbed=judge.perturbed(with_expert) if truth is None else None,
         with_expert=with_expert,
-        thresholds=calibrate(judge, demonstrations[: judge.config.evaluate.prompts]),
+        thresholds=calibrate(judge, demonstrations),
     )
 
 

@@ -4,7 +4,7 @@ Nothing is fitted to the traces that are judged: thresholds for localisation com
 demonstrations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,12 @@ from airl_fast.evaluate.sources import (
 from airl_fast.judge.choose import choices, finite, score_traces
 from airl_fast.judge.judge import Judge, Scored, open_judge
 from airl_fast.judge.leakage import training_prompts
-from airl_fast.judge.locate import Thresholds, calibrate, changed_steps, known_errors, locate
+from airl_fast.judge.locate import Thresholds, calibrate, changed_steps, known_errors, locate, readable
 from airl_fast.judge.scoring import score_all
 from airl_fast.lab import load_material
 from airl_fast.measures.correlate import WithinPromptAuroc, pooled_auroc, within_prompt_auroc
 from airl_fast.measures.localise import Localisation
 from airl_fast.measures.passk import Estimate, pass_at_k
-from airl_fast.types import Example
 
 OWN_ERRORS, PERTURBED = "the policy's own errors", "perturbed demonstrations"
 
@@ -108,7 +107,7 @@ def transfer(run: Path, options: Options, say: Say) -> tuple[Cell, ...]:
     cells = []
     for source in sources:
         judge = with_policy(own, source)
-        thresholds = calibrate(judge, _readable(judge, demonstrations[: own.config.evaluate.prompts]))
+        thresholds = calibrate(judge, demonstrations)
         # Of all tasks first: what is too long is refused before anything is sampled.
         there = [with_task(judge, task.task) for task in tasks]
         fitting = [fit_prompts(each, some, too_long, say) for each, some in zip(there, examples, strict=True)]
@@ -159,25 +158,9 @@ def _localise(
         OWN_ERRORS,
     )
     if truth is None:
-        scored, errors = judge.perturbed(_readable(judge, samples.examples)), PERTURBED
+        scored, errors = judge.perturbed(readable(judge, samples.examples)), PERTURBED
         if scored is None:
             return {}, 0, None
         truth, prompts = changed_steps(judge.maker, scored), np.array([trace.group for trace in scored.traces])
     located = int((truth >= 0).sum())
     return locate(scored, truth, judge.config.evaluate, thresholds, prompts=prompts), located, errors
-
-
-def _readable(judge: Judge, examples: Sequence[Example]) -> list[Example]:
-    """Those with a demonstration that fits the contexts, with room for an error that makes it longer."""
-    found = []
-    for example in examples:
-        if example.expert is None:
-            continue
-        trace = judge.maker.expert(example, 0)
-        longer = judge.trace(example, 0, trace.text + _ROOM)
-        if judge.excess([longer], [example]) is None:
-            found.append(example)
-    return found
-
-
-_ROOM = " 00000000"  # about what a perturbation with its carried error can add

@@ -134,7 +134,7 @@ def _open(request: Request) -> _Opened:
     params = replace(params, **{name: value for name, value in changes.items() if value is not None})
 
     def demonstrations() -> Sequence[Example]:
-        return load_material(config).train[: config.evaluate.prompts]
+        return load_material(config).train
 
     def unseen() -> Sequence[Example]:
         found = [example for example in load_material(config).dev if example.expert is not None]

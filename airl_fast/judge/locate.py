@@ -33,17 +33,31 @@ from airl_fast.types import Example, Trace
 
 SIGNALS = ("reward", "logprob")
 Thresholds = Mapping[str, float]
+_ROOM = " 00000000"  # about what a perturbation with its carried error can add
 
 
 def calibrate(judge: Judge, demonstrations: Sequence[Example]) -> Thresholds:
-    """The threshold of rule first_below for each signal, from perturbed copies of training demonstrations; empty when
-    none of them can be perturbed."""
-    broken = judge.perturbed(demonstrations)
+    """The threshold of rule first_below for each signal, from perturbed copies of the first `evaluate.prompts` training
+    demonstrations, or those of them that fit the contexts; empty when none of them can be perturbed."""
+    broken = judge.perturbed(readable(judge, demonstrations[: judge.config.evaluate.prompts]))
     if broken is None:
         return {}
     truth = changed_steps(judge.maker, broken)
     rule = judge.config.evaluate.step_score
     return {name: calibrate_threshold(step_scores(getattr(broken, name), rule), truth) for name in SIGNALS}
+
+
+def readable(judge: Judge, examples: Sequence[Example]) -> list[Example]:
+    """Those with a demonstration that fits the contexts, with room for an error that makes it longer."""
+    found = []
+    for example in examples:
+        if example.expert is None:
+            continue
+        trace = judge.maker.expert(example, 0)
+        longer = judge.trace(example, 0, trace.text + _ROOM)
+        if judge.excess([longer], [example]) is None:
+            found.append(example)
+    return found
 
 
 def suspicious_steps(scored: Scored, settings: EvaluateConfig, thresholds: Thresholds) -> StepScores:

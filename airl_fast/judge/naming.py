@@ -12,7 +12,6 @@ from airl_fast.judge.locate import Thresholds, calibrate, suspicious_steps
 from airl_fast.lab import load_material
 from airl_fast.measures.localise import Ints, step_scores
 from airl_fast.measures.passk import Floats
-from airl_fast.types import Example
 
 GIVEN, CALIBRATED = "--threshold", "perturbed training demonstrations of the run"
 
@@ -64,27 +63,25 @@ def naming(judge: Judge, rule: str | None, threshold: float | None) -> Naming:
         if not np.isfinite(threshold):
             raise UserError(f"--threshold {threshold}: give a finite number.")
         return Naming(settings=settings, thresholds={"reward": threshold}, origin=GIVEN)
-    return Naming(settings=settings, thresholds=calibrated(judge), origin=CALIBRATED)
+    try:
+        thresholds = calibrated(judge)
+    except UserError as error:
+        raise UserError(f"{error}; give --threshold X, or take --rule largest_drop or --rule argmin.") from None
+    return Naming(settings=settings, thresholds=thresholds, origin=CALIBRATED)
 
 
 def calibrated(judge: Judge) -> Thresholds:
-    """Thresholds from perturbed training demonstrations that fit the models. UserError when there are none."""
-    other = "give --threshold X, or take --rule largest_drop or --rule argmin."
+    """Thresholds from the run's training data. UserError, without advice, when there are none."""
     try:
-        demonstrations = load_material(judge.config).train[: judge.config.evaluate.prompts]
+        demonstrations = load_material(judge.config).train
     except UserError as error:
         raise UserError(
-            f"rule first_below takes its threshold from the run's training data ({str(error).rstrip('.')}); {other}"
+            f"rule first_below takes its threshold from the run's training data ({str(error).rstrip('.')})"
         ) from None
-    fitting = [e for e in demonstrations if _fits(judge, e)]
-    thresholds = calibrate(judge, fitting) if fitting else {}
+    thresholds = calibrate(judge, demonstrations)
     if not thresholds:
-        raise UserError(f"rule first_below has no threshold: no training demonstration can be perturbed; {other}")
+        raise UserError("rule first_below has no threshold: no training demonstration can be perturbed")
     return thresholds
-
-
-def _fits(judge: Judge, example: Example) -> bool:
-    return judge.excess([judge.maker.expert(example, 0)], [example]) is None
 
 
 def named(scored: Scored, chosen: Naming) -> list[NamedTrace]:

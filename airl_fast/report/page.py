@@ -58,7 +58,8 @@ def render(runs: Sequence[RunData], split: str = "test") -> str:
 
     panels = [*curve_panels(runs), *evaluation_panels(runs), *time_panels(runs)]
     views = token_views(runs)
-    scripts = {name: _static(f"{name}.js") for name in ("theme", "tokens", "plots")} | {"plotly": get_plotlyjs()}
+    scripts = {name: _static(f"{name}.js") for name in ("theme", "trace_values", "tokens", "plots")}
+    scripts["plotly"] = get_plotlyjs()
     data = {
         "views": views,
         "plots": {f"plot-{panel.id}": panel.figure.to_plotly_json() for panel in panels},

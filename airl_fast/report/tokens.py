@@ -1,6 +1,6 @@
 """What the token view needs, as plain values for JSON: prompts, and traces with their values per token.
 
-Standardised and discounted rewards are computed in the page from the raw ones (static/tokens.js): two numbers a
+Standardised and discounted rewards are computed in the page from the raw ones (static/trace_values.js): two numbers a
 prompt, its `mean` and `scale`, are all that takes, r̃ = (r − mean)/scale and A_t = r̃_t + γ·A_{t+1}.
 """
 

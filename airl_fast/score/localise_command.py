@@ -96,7 +96,7 @@ def _measured(judge: Judge, given: Labelled, chosen: Naming, tally: Tally) -> tu
         try:
             thresholds = calibrated(judge)
         except UserError as error:
-            notes.append(f"Without first below: {error}")
+            notes.append(f"Without first below: {error}.")
     if tally.too_long:
         notes.append(f"{tally.too_long} traces were too long and are not in these figures: {tally.reason}.")
     return measure(given, chosen.settings, thresholds), notes

@@ -12,8 +12,8 @@ import uvicorn
 
 from airl_fast.errors import UserError
 from airl_fast.judge.judge import Judge, locate_reward, open_judge
-from airl_fast.judge.locate import Thresholds, calibrate
-from airl_fast.lab import load_material
+from airl_fast.judge.locate import Thresholds
+from airl_fast.judge.naming import calibrated
 from airl_fast.serve.app import Settings, make_app
 
 
@@ -30,7 +30,7 @@ def serve(run: Path, host: str, port: int, settings: Settings) -> int:
                 file=sys.stderr,
             )
         judge = open_judge(run)
-        thresholds = calibrated(judge)
+        thresholds = thresholds_of(judge)
         app = make_app(judge, thresholds, locate_reward(run)[0].resolve().name, settings)
         server = uvicorn.Server(
             uvicorn.Config(
@@ -60,24 +60,13 @@ def serve(run: Path, host: str, port: int, settings: Settings) -> int:
     return 0
 
 
-def calibrated(judge: Judge) -> Thresholds:
-    """Thresholds of the localisation, from as many training demonstrations as the run's evaluation takes. Without
-    the training data there are none, which is said, and rule first_below is refused."""
+def thresholds_of(judge: Judge) -> Thresholds:
+    """Of the localisation; without any, which is said, rule first_below is refused."""
     try:
-        demonstrations = load_material(judge.config).train[: judge.config.evaluate.prompts]
+        return calibrated(judge)
     except UserError as error:
-        print(f"airl-fast: /localize has no threshold for rule first_below: {error}", file=sys.stderr)
+        print(f"airl-fast: /localize has no threshold: {error}; other rules work.", file=sys.stderr)
         return {}
-    experts = [judge.maker.expert(example, 0) for example in demonstrations]
-    fitting = [
-        example
-        for example, trace in zip(demonstrations, experts, strict=True)
-        if judge.excess([trace], [example]) is None
-    ]
-    thresholds = calibrate(judge, fitting)
-    if not thresholds:
-        print("airl-fast: /localize has no threshold for rule first_below: nothing to perturb.", file=sys.stderr)
-    return thresholds
 
 
 def bind(host: str, port: int) -> socket.socket:

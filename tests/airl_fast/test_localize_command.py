@@ -91,7 +91,7 @@ def test_the_figures_are_those_of_the_traces_at_once(tmp_path: Path, capsys: pyt
         for row in rows
     ]
     scored = judge.score(traces, examples)
-    thresholds = calibrate(judge, load_material(judge.config).train[: judge.config.evaluate.prompts])
+    thresholds = calibrate(judge, load_material(judge.config).train)
     truth = np.array([-1 if row["first_wrong_step"] is None else row["first_wrong_step"] for row in rows])
     expected = locate(scored, truth, judge.config.evaluate, thresholds, prompts=[t.group for t in traces])
     whole = figures["sections"][0]

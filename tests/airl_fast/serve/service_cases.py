@@ -13,7 +13,7 @@ from airl_fast.models.build import build_model, build_tokenizer
 from airl_fast.models.load import wrap
 from airl_fast.serve.app import Settings, make_app
 from airl_fast.serve.guard import Limits
-from airl_fast.serve.server import calibrated
+from airl_fast.serve.server import thresholds_of
 from airl_fast.types import Example
 from tests.airl_fast.run_cases import small_run
 
@@ -37,7 +37,7 @@ def other_judge() -> Judge:
 
 @functools.cache
 def thresholds() -> Thresholds:
-    return calibrated(judge())
+    return thresholds_of(judge())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
