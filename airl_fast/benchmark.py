@@ -11,7 +11,7 @@ from pathlib import Path
 
 from airl_fast.errors import UserError
 
-BENCHMARKS = ("ops", "step", "updates", "roofline", "resources")
+BENCHMARKS = ("ops", "step", "profile", "updates", "roofline", "resources")
 CHECKOUT = Path(__file__).parents[1]
 
 

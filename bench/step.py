@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    scenario = Scenario(**{name: getattr(options, name) for name in Scenario.__dataclass_fields__})
+    scenario = scenario_of(options)
     names = [name for name in options.variants.split(",") if name]
     if unknown := set(names) - set(VARIANTS):
         raise BadArgument(f"--variants: no variant {sorted(unknown)[0]}; choose from {', '.join(VARIANTS)}.")
@@ -68,13 +69,21 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="bench step", description=__doc__.split("\n")[0])
-    for name, value in asdict(Scenario()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, dest=name)
+    add_scenario(parser)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a process, after two that are not")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each variant, in turns")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--json", type=Path)
     return parser
+
+
+def add_scenario(parser: Parser) -> None:
+    for name, value in asdict(Scenario()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, dest=name)
+
+
+def scenario_of(options: Namespace) -> Scenario:
+    return Scenario(**{name: getattr(options, name) for name in Scenario.__dataclass_fields__})
 
 
 def measure(scenario: Scenario, names: Sequence[str], steps: int, rounds: int, device: torch.device) -> dict:

@@ -24,7 +24,7 @@ def test_the_exit_code_passes_through(capfd):
 
 def test_an_unknown_benchmark(capsys):
     assert main(["bench", "nope"]) == 2
-    assert capsys.readouterr().err == "airl-fast: bench nope: give one of ops, step, updates, roofline, resources.\n"
+    assert capsys.readouterr().err == "airl-fast: bench nope: give one of ops, step, profile, updates, roofline, resources.\n"
 
 
 def test_without_a_checkout_beside_the_package(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from airl_fast.models.forward import hidden_states
 from airl_fast.pack import pack
 from airl_fast.types import Segments
 from bench.padded import padded_hidden_states
+from bench.profile import PARTS
+from bench.profile import main as profile_main
 from bench.step import PHASES, main
 from bench.step_flops import attended_pairs, forward_flops
 from tests.airl_fast.model_cases import CPU, language_model, random_traces
@@ -68,3 +70,17 @@ def test_a_small_step_end_to_end(tmp_path, capsys):
 def test_bad_arguments(flags, sentence, capsys):
     assert main(flags) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_profile_divides_each_phase_into_its_parts(tmp_path, capsys):
+    out = tmp_path / "profile.json"
+    sizes = ["--prompts", "2", "--group", "2", "--prompt-tokens", "48", "--completion-tokens", "6"]
+    assert profile_main([*sizes, "--steps", "2", "--json", str(out)]) == 0
+    phases = json.loads(out.read_text())["phases"]
+    assert phases.keys() == set(PHASES)
+    for parts in phases.values():
+        assert sum(parts[part] for part in PARTS) == pytest.approx(parts["seconds"])
+    for name in ("sample", "discriminator", "score", "policy"):
+        assert phases[name]["products"] > 0 and phases[name]["attention"] > 0
+    assert phases["policy"]["our operations"] > 0 == phases["sample"]["our operations"]
+    assert "times as fast" in capsys.readouterr().out
