@@ -75,23 +75,9 @@ class Session:
         judge = self.judge
         if judge.bridge.chat is not None and (why := judge.excess(traces, self._examples)):
             raise UserError(f"a trace of prompt {why}; lower --max-new-tokens.")
-        batch = judge.bridge.pack(traces, self._examples)
-        for draft, length in zip(drafts, batch.loss_lengths, strict=True):
-            self.scored[draft.problem] += length
-        rewards = judge.bridge.to_policy(judge.model.logits(batch), traces, self._examples)
-        ends, answers = [], []
-        for trace in traces:
-            flags = np.zeros((2, len(trace.tokens)), dtype=bool)
-            flags[0, list(judge.maker.step_tokens(trace))] = True
-            flags[1, list(judge.maker.answer_tokens(trace))] = True
-            ends.append(flags[0])
-            answers.append(flags[1])
-        return TokenValues(
-            values=rewards.double().cpu().numpy(),
-            offsets=np.cumsum([0, *(len(trace.tokens) for trace in traces)]),
-            step_ends=np.concatenate(ends),
-            answer_mask=np.concatenate(answers),
-        )
+        for draft, trace in zip(drafts, traces, strict=True):
+            self.scored[draft.problem] += len(trace.tokens)
+        return judge.rewards(traces, self._examples)
 
     def score(self, drafts: Sequence[Draft], scorer: Scorer | None = None) -> Floats:
         """One number a draft, f64 [D], by the run's own scorer or another. Equal drafts are read once."""

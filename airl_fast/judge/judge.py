@@ -27,7 +27,7 @@ from airl_fast.models.attention import shares_prompts
 from airl_fast.models.forward import token_logprobs, verify_packing
 from airl_fast.models.load import LanguageModel
 from airl_fast.overrides import load_config, read_yaml
-from airl_fast.pack import Boundaries, pack
+from airl_fast.pack import pack
 from airl_fast.traces import TraceMaker
 from airl_fast.types import Example, Kind, Trace
 
@@ -81,36 +81,50 @@ class Judge:
         )
 
     @torch.no_grad()
+    def rewards(
+        self,
+        traces: Sequence[Trace],
+        examples: Sequence[Example],
+        step_ends: Sequence[Sequence[int] | None] | None = None,
+    ) -> TokenValues:
+        """The discriminator's logit of every token, on the policy's tokens.
+
+        examples: the prompts, indexed by a trace's group. step_ends: for each trace the character offsets one past
+        the end of its steps; None cuts it as the task does.
+        """
+        flags = []
+        for trace, chars in zip(traces, [None] * len(traces) if step_ends is None else step_ends, strict=True):
+            own = np.zeros((2, len(trace.tokens)), dtype=bool)
+            own[0, list(self.maker.step_tokens(trace, chars))] = True
+            own[1, list(self.maker.answer_tokens(trace))] = True
+            flags.append(own)
+        closing, answers = np.concatenate(flags, axis=1)
+        logits = self.model.logits(self.bridge.pack(traces, examples))
+        return TokenValues(
+            values=self.bridge.to_policy(logits, traces, examples).double().cpu().numpy(),
+            offsets=np.cumsum([0, *(len(trace.tokens) for trace in traces)]),
+            step_ends=closing,
+            answer_mask=answers,
+        )
+
     def score(
         self,
         traces: Sequence[Trace],
         examples: Sequence[Example],
         step_ends: Sequence[Sequence[int] | None] | None = None,
     ) -> Scored:
-        """examples: the prompts, indexed by a trace's group. step_ends: for each trace the character offsets one past
-        the end of its steps; None cuts it as the task does.
+        """`rewards` of the same arguments, and the policy's log-probabilities beside them.
 
         Everything is held at once: give a long list in parts.
         """
-        given = [None] * len(traces) if step_ends is None else step_ends
-        ends = {
-            id(trace): self.maker.step_tokens(trace, chars) for trace, chars in zip(traces, given, strict=True)
-        }  # by identity: two traces may be equal but for their steps
-        batch = pack(traces, self.bridge.device, lambda trace: Boundaries(steps=ends[id(trace)]))
-        rewards = self.bridge.to_policy(self.model.logits(self.bridge.pack(traces, examples)), traces, examples)
+        reward = self.rewards(traces, examples, step_ends)
+        batch = pack(traces, self.bridge.device)
         logprobs = over_tokens(batch, self._budget(), lambda part: token_logprobs(self.policy, part))
-        offsets = np.concatenate([[0], np.cumsum(batch.loss_lengths)])
-        closing = batch.step_ends.cpu().numpy()
-        answers = np.zeros(batch.num_loss_tokens, dtype=bool)
-        for start, trace in zip(offsets, traces, strict=False):
-            inside = self.maker.answer_tokens(trace)
-            answers[start + inside.start : start + inside.stop] = True
-
-        def values(tensor: torch.Tensor) -> TokenValues:
-            numbers = tensor.double().cpu().numpy()
-            return TokenValues(values=numbers, offsets=offsets, step_ends=closing, answer_mask=answers)
-
-        return Scored(traces=tuple(traces), reward=values(rewards), logprob=values(logprobs))
+        return Scored(
+            traces=tuple(traces),
+            reward=reward,
+            logprob=replace(reward, values=logprobs.double().cpu().numpy()),
+        )
 
     def perturbed(self, examples: Sequence[Example]) -> Scored | None:
         """Perturbed demonstrations of `examples`, made even where training makes none; None when nothing in them can
