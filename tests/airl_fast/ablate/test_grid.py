@@ -89,7 +89,9 @@ def test_the_grid_of_the_paper_covers_what_it_argues_from() -> None:
     tiny = read_grid("tiny", PRESETS)
     assert len(tiny.seeds) == 3 and len({slug(variant.name) for variant in tiny.variants}) == len(tiny.variants)
     jobs = run_jobs(tiny, Path("x"), PRESETS, [])
-    trees = {job.variant: job.tree for job in jobs if job.seed == 0}
+    own = {variant.name for variant in tiny.variants if variant.topic == "own settings"}
+    first = {job.variant: job.tree for job in jobs if job.seed == 0}
+    trees, tuned = ({name: tree for name, tree in first.items() if (name in own) == held} for held in (False, True))
     base = trees["base"]
     for keys, values in {
         ("discriminator", "perturbed_per_expert"): {0, 2},
@@ -105,3 +107,5 @@ def test_the_grid_of_the_paper_covers_what_it_argues_from() -> None:
     assert len({tree["advantage"]["gamma"] for tree in trees.values()}) == 5
     assert {tree["data"]["options"].get("expert_error_rate", 0.0) for tree in trees.values()} == {0.0, 0.1, 0.3}
     assert len({tree["discriminator"]["path"] for tree in trees.values()}) == 3
+    assert {tree["reward"]["granularity"] for tree in tuned.values()} == {"dense", "interval", "sparse", "multiscale"}
+    assert {tree["discriminator"]["loss"] for tree in tuned.values()} == {"bce", "wgan"}
