@@ -23,7 +23,8 @@ def _localize(arguments: argparse.Namespace) -> int:
     from airl_fast.errors import UserError
     from airl_fast.evaluate.outputs import check_output
     from airl_fast.score.line_writer import check_lines_output
-    from airl_fast.score.localise_command import Options, localise_command
+    from airl_fast.score.localise_command import localise_command
+    from airl_fast.score.score_command import Options
 
     if arguments.out == "-":
         raise UserError("-o -: standard output is for the tables; name a file for the predictions.")
@@ -35,7 +36,7 @@ def _localize(arguments: argparse.Namespace) -> int:
     options = Options(
         rule=arguments.rule,
         threshold=arguments.threshold,
-        skip_too_long=arguments.too_long != "error",
+        drop_too_long=arguments.too_long != "error",
         allow_training_prompts=arguments.allow_training_prompts,
         tokens=tokens,
     )

@@ -26,8 +26,8 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     parser.add_argument(
-        "--too-long", choices=("error", "skip", "drop"), default="error",
-        help="a trace that exceeds a model's context: stop (default), or pass over and count it",
+        "--too-long", choices=("error", "drop"), default="error",
+        help="a trace that exceeds a model's context: stop (default), or leave it out and count it",
     )  # fmt: skip
     parser.add_argument("--allow-training-prompts", action="store_true", help="also judge what the run was trained on")
     parser.add_argument("--part-tokens", type=int, metavar="N", help="tokens read before they are scored together")
@@ -65,15 +65,15 @@ def _score(arguments: argparse.Namespace) -> int:
     tokens = check_part(arguments.part_tokens)
 
     from airl_fast.score.line_writer import check_lines_output
-    from airl_fast.score.score_command import Options, score_command
+    from airl_fast.score.score_command import ScoreOptions, score_command
 
     out = check_lines_output(arguments.out, [file], force=arguments.force)
-    options = Options(
+    options = ScoreOptions(
         only=arguments.only,
         locate=arguments.locate,
         rule=arguments.rule,
         threshold=arguments.threshold,
-        skip_too_long=arguments.too_long != "error",
+        drop_too_long=arguments.too_long != "error",
         allow_training_prompts=arguments.allow_training_prompts,
         tokens=tokens,
     )

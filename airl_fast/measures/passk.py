@@ -98,12 +98,19 @@ def mean_estimate(
     clusters: [I] labels of any sortable type; items that share one are resampled together (traces of a prompt).
     None makes every item its own cluster. Equal seeds and clusters give equal resamples, so figures are paired.
     """
-    values = as_finite("values", values)
-    codes = cluster_codes(clusters, len(values))
-    sums = np.bincount(codes, weights=values)
+    columns = as_finite("values", values)[:, None]
+    return mean_estimates(columns, clusters=clusters, resamples=resamples, seed=seed)[0]
+
+
+def mean_estimates(
+    columns: Floats, *, clusters: ArrayLike | None = None, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Estimate]:
+    """`mean_estimate` of each column of f64 [I, N], all on one drawing of the resamples."""
+    codes = cluster_codes(clusters, len(columns))
     sizes = np.bincount(codes).astype(np.float64)
-    draws = np.concatenate([(c @ sums) / (c @ sizes) for c in resample_counts(len(sums), resamples, seed)])
-    return interval(float(values.mean()), draws)
+    sums = np.stack([np.bincount(codes, weights=column) for column in columns.T], axis=1)
+    draws = np.concatenate([(c @ sums) / (c @ sizes)[:, None] for c in resample_counts(len(sizes), resamples, seed)])
+    return [interval(float(column.mean()), drawn) for column, drawn in zip(columns.T, draws.T, strict=True)]
 
 
 def paired_difference(

@@ -25,24 +25,12 @@ from airl_fast.measures.passk import Floats
 from airl_fast.score.line_writer import LineWriter
 from airl_fast.score.located import UNKNOWN, Labelled, Section, measure
 from airl_fast.score.located_view import as_document, render
-from airl_fast.score.score_command import Pace, given_step, identity, known_labels, parts_of
+from airl_fast.score.score_command import Options, Pace, given_step, identity, known_labels, parts_of
 from airl_fast.score.trace_parts import Part, Tally, steps_of_ends
 from airl_fast.types import Example
 
 Say = Callable[[str], None]
 NO_GROUP = "(no group)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the command line says. rule: None for the run's. threshold: None calibrates one. tokens: of a part; None
-    for what the models' passes hold."""
-
-    rule: str | None = None
-    threshold: float | None = None
-    skip_too_long: bool = False
-    allow_training_prompts: bool = False
-    tokens: int | None = None
 
 
 def localise_command(run: Path, file: Path, out: Path | None, document: Path | None, options: Options, say: Say) -> str:

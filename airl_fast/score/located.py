@@ -15,7 +15,7 @@ from airl_fast.data.trace_rows import NO_ERROR
 from airl_fast.judge.locate import SIGNALS, Thresholds, hits_by_name
 from airl_fast.measures.correlate import WithinPromptAuroc, pooled_auroc, within_prompt_auroc
 from airl_fast.measures.localise import Ints, Localisation, StepScores, suspicion
-from airl_fast.measures.passk import RESAMPLES, Estimate, Floats, cluster_codes, interval, resample_counts
+from airl_fast.measures.passk import Estimate, Floats, mean_estimate, mean_estimates
 
 UNKNOWN = -2  # a first wrong step, or a verdict, that the file does not say
 EVERYTHING = "all"
@@ -121,7 +121,7 @@ def _localisations(
     if not hits:
         return {}
     columns = np.stack([values for each in hits.values() for values in each], axis=1)
-    found = mean_estimates(columns, labels.prompts[wrong])
+    found = mean_estimates(columns, clusters=labels.prompts[wrong])
     return {
         name: Localisation(hit_at_1=a, hit_within_1=b, mrr=c, traces=int(wrong.sum()))
         for name, (a, b, c) in zip(hits, zip(*[iter(found)] * 3, strict=True), strict=True)
@@ -154,17 +154,8 @@ def _alarms(labels: Labelled, wrong: NDArray[np.bool_], threshold: float | None)
     below = (-worst(labels.steps["reward"], "lowest_step") < threshold).astype(np.float64)
     sides = {"wrong": wrong, "without": ~wrong}
     return {
-        name: mean_estimates(below[side, None], labels.prompts[side])[0] for name, side in sides.items() if side.any()
+        name: mean_estimate(below[side], clusters=labels.prompts[side]) for name, side in sides.items() if side.any()
     }
-
-
-def mean_estimates(columns: Floats, clusters: Ints) -> list[Estimate]:
-    """`passk.mean_estimate` of each column f64 [I, N], all on one drawing of the resamples."""
-    codes = cluster_codes(clusters, len(columns))
-    sizes = np.bincount(codes).astype(np.float64)
-    sums = np.stack([np.bincount(codes, weights=column) for column in columns.T], axis=1)
-    draws = np.concatenate([(c @ sums) / (c @ sizes)[:, None] for c in resample_counts(len(sizes), RESAMPLES, 0)])
-    return [interval(float(column.mean()), drawn) for column, drawn in zip(columns.T, draws.T, strict=True)]
 
 
 def _rows(steps: StepScores, chosen: NDArray[np.bool_]) -> StepScores:

@@ -27,19 +27,25 @@ _TELL_EVERY = 5.0  # seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line says. only: None writes all. locate: also name the first wrong step, by `rule` (None: the
-    run's) and `threshold` (None: calibrated). tokens: of a part; None for what the models' passes hold."""
+    """What the command lines of `score` and `localize` say. rule: None for the run's. threshold: None calibrates one.
+    tokens: of a part; None for what the models' passes hold."""
 
-    only: Only | None = None
-    locate: bool = False
     rule: str | None = None
     threshold: float | None = None
-    skip_too_long: bool = False
+    drop_too_long: bool = False
     allow_training_prompts: bool = False
     tokens: int | None = None
 
 
-def score_command(run: Path, file: Path, out: Path | None, options: Options, say: Say) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreOptions(Options):
+    """only: None writes all. locate: also name the first wrong step, by `rule` and `threshold`."""
+
+    only: Only | None = None
+    locate: bool = False
+
+
+def score_command(run: Path, file: Path, out: Path | None, options: ScoreOptions, say: Say) -> None:
     """Write one object for each trace of `file` to `out` (None: standard output). UserError, after the rows before it
     were written, for a row that cannot be scored."""
     if not options.locate and (options.rule or options.threshold is not None):
@@ -63,13 +69,14 @@ def score_command(run: Path, file: Path, out: Path | None, options: Options, say
     pace.ended(tally, "standard output" if out is None else str(out))
 
 
-def parts_of(judge: Judge, file: Path, tally: Tally, options: Any) -> Iterator[tuple[Part, tuple[TraceLabels, ...]]]:
-    """options: those of `score` or of `localize`."""
+def parts_of(
+    judge: Judge, file: Path, tally: Tally, options: Options
+) -> Iterator[tuple[Part, tuple[TraceLabels, ...]]]:
     trained_on: TrainingPrompts | None = None
     if not options.allow_training_prompts:
         trained_on = training_prompts(judge.config)
     tokens = options.tokens or part_tokens(judge)
-    return read_parts(judge, file, tally, trained_on=trained_on, skip_too_long=options.skip_too_long, tokens=tokens)
+    return read_parts(judge, file, tally, trained_on=trained_on, drop_too_long=options.drop_too_long, tokens=tokens)
 
 
 def score_rows(judge: Judge, part: Part, chosen: Naming | None, only: Only | None) -> Iterator[dict[str, Any]]:
@@ -136,7 +143,7 @@ class Pace:
     def ended(self, tally: Tally, target: str | None = None) -> None:
         """target: where the rows went."""
         if tally.too_long:
-            self._say(f"{tally.too_long} traces passed over as too long (--too-long skip): the first, {tally.reason}")
+            self._say(f"{tally.too_long} traces passed over as too long (--too-long drop): the first, {tally.reason}")
         where = "" if target is None else f" to {target}"
         self._say(
             f"{self.rows} traces scored{where}, {self._rate():.0f} a second, peak memory {peak_rss_gib():.2f} GiB"

@@ -66,13 +66,13 @@ def read_parts(
     tally: Tally,
     *,
     trained_on: TrainingPrompts | None,
-    skip_too_long: bool,
+    drop_too_long: bool,
     tokens: int,
 ) -> Iterator[tuple[Part, tuple[TraceLabels, ...]]]:
     """The file's traces in its order, up to `tokens` tokens a part (one trace at least), each part with its labels.
 
     trained_on: prompts that are refused; None allows all. UserError, after the rows before it were yielded, names the
-    line that is bad, trained on, or (unless skip_too_long, which counts it in `tally`) longer than a model's context.
+    line that is bad, trained on, or (unless drop_too_long, which counts it in `tally`) longer than a model's context.
     """
     part = _Open()
     source = read_traces(path)
@@ -84,7 +84,7 @@ def read_parts(
             row, labels = found
             if trained_on is not None:
                 trained_on.refuse([(row.place, row.prompt)])
-            trace = _trace(judge, row, tally, skip_too_long)
+            trace = _trace(judge, row, tally, drop_too_long)
         except UserError:
             if part.traces:
                 yield part.close()
@@ -107,15 +107,15 @@ def read_parts(
         yield part.close()
 
 
-def _trace(judge: Judge, row: TraceRow, tally: Tally, skip_too_long: bool) -> Trace | None:
+def _trace(judge: Judge, row: TraceRow, tally: Tally, drop_too_long: bool) -> Trace | None:
     """None for a row that is passed over."""
     example = Example(id=row.place, prompt=row.prompt, answer="")
     trace = judge.trace(example, 0, row.text)
     reason = judge.excess([trace], [example])
     if reason is None:
         return trace
-    if not skip_too_long:
-        raise UserError(f"{reason}; leave such traces out with --too-long skip, or shorten this one.")
+    if not drop_too_long:
+        raise UserError(f"{reason}; leave such traces out with --too-long drop, or shorten this one.")
     tally.too_long += 1
     tally.reason = tally.reason or reason
     return None

@@ -225,7 +225,7 @@ def test_bigbench_mistake_passes_through(tmp_path: Path, capsys: pytest.CaptureF
     with BIGBENCH.open() as lines:
         rows = sorted((json.loads(line) for line in lines), key=lambda row: len(json.dumps(row)))[:12]
     file = written(tmp_path / "mistake.jsonl", rows)
-    said, predictions, figures = localized(capsys, tmp_path, file, "--too-long", "skip")
+    said, predictions, figures = localized(capsys, tmp_path, file, "--too-long", "drop")
     assert 0 < figures["traces"] == len(predictions) < 12
     assert figures["too_long"] == 12 - figures["traces"]
     assert f"{figures['too_long']} traces were too long and are not in these figures" in " ".join(said.split())

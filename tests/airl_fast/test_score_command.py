@@ -174,12 +174,12 @@ def test_what_is_too_long_or_was_trained_on(tmp_path: Path, capsys: pytest.Captu
     long = {"prompt": OTHER, "completion": "1 + 2 = 3\n" * 60}
     file = written(tmp_path / "in.jsonl", [rows[0], long, rows[1], long])
     said = refused(capsys, file)
-    assert f"{file}:2 has " in said and "the policy's context 256; leave such traces out with --too-long skip" in said
+    assert f"{file}:2 has " in said and "the policy's context 256; leave such traces out with --too-long drop" in said
     capsys.readouterr()
-    assert main(["score", str(small_run()), str(file), "--only", "trace", "--too-long", "skip"]) == 0
+    assert main(["score", str(small_run()), str(file), "--only", "trace", "--too-long", "drop"]) == 0
     told = capsys.readouterr()
     assert [json.loads(line)["id"] for line in told.out.splitlines()] == [rows[0]["id"], "in.jsonl:3"]
-    assert "2 traces passed over as too long (--too-long skip): the first, " + f"{file}:2 has" in told.err
+    assert "2 traces passed over as too long (--too-long drop): the first, " + f"{file}:2 has" in told.err
     seen = ARITHMETIC.load("train")[0]
     file = written(tmp_path / "in.jsonl", [rows[0], {"prompt": seen.prompt, "completion": seen.expert}])
     assert f"{file}:2: the run was trained on this question" in refused(capsys, file)

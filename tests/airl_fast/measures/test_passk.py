@@ -13,6 +13,7 @@ from airl_fast.measures.passk import (
     Estimate,
     interval,
     mean_estimate,
+    mean_estimates,
     paired_difference,
     pass_at_k,
     pass_at_k_per_prompt,
@@ -136,3 +137,11 @@ def test_bad_input_is_named():
 
 def test_zero_and_one_pass_as_verdicts():
     assert pass_at_k_per_prompt([[0, 1], [1, 1]], 1) == pytest.approx([0.5, 1.0])
+
+
+def test_columns_share_their_resamples_with_single_estimates() -> None:
+    rng = np.random.default_rng(4)
+    columns, clusters = rng.random((40, 3)), np.arange(40) // 4
+    for column, found in zip(columns.T, mean_estimates(columns, clusters=clusters), strict=True):
+        expected = mean_estimate(column, clusters=clusters)
+        assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high))

@@ -15,9 +15,8 @@ from airl_fast.judge.judge import open_judge
 from airl_fast.judge.locate import locate
 from airl_fast.measures.correlate import pooled_auroc, within_prompt_auroc
 from airl_fast.measures.localise import StepScores, TokenValues
-from airl_fast.measures.passk import mean_estimate
 from airl_fast.score.line_writer import LineWriter, check_lines_output
-from airl_fast.score.located import UNKNOWN, Labelled, mean_estimates, measure, worst
+from airl_fast.score.located import UNKNOWN, Labelled, measure, worst
 from airl_fast.score.trace_parts import Tally, read_parts, steps_of_ends
 from tests.airl_fast.run_cases import small_run
 
@@ -83,7 +82,7 @@ def test_step_ends_follow_a_text_that_the_tokenizer_normalises(tmp_path: Path) -
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps(row) + "\n")
     judge = open_judge(small_run())  # its tokenizer composes accents, as Qwen2's does
-    ((part, labels),) = read_parts(judge, path, Tally(), trained_on=None, skip_too_long=False, tokens=100)
+    ((part, labels),) = read_parts(judge, path, Tally(), trained_on=None, drop_too_long=False, tokens=100)
     (trace,), (ends,) = part.traces, part.step_ends
     assert len(first) == 12 and trace.text == unicodedata.normalize("NFC", first + second)
     assert ends == (10, 15) and trace.text[:10] == "café café\n"
@@ -100,7 +99,7 @@ def test_parts_share_prompts_and_respect_the_budget(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def parts(tokens: int) -> list:
-        return list(read_parts(judge, path, Tally(), trained_on=None, skip_too_long=False, tokens=tokens))
+        return list(read_parts(judge, path, Tally(), trained_on=None, drop_too_long=False, tokens=tokens))
 
     ((whole, _),) = parts(10_000)
     assert [trace.group for trace in whole.traces] == [0, 0, 0, 1, 1, 1, 2]
@@ -197,14 +196,6 @@ def test_unlabelled_steps_are_left_out_and_answers_stand_in() -> None:
     assert by_answer.detect["logprob_largest_drop"].pooled == pooled_auroc(
         doubt, given.right == 0, prompts=given.prompts
     )
-
-
-def test_columns_share_their_resamples_with_single_estimates() -> None:
-    rng = np.random.default_rng(4)
-    columns, clusters = rng.random((40, 3)), np.arange(40) // 4
-    for column, found in zip(columns.T, mean_estimates(columns, clusters), strict=True):
-        expected = mean_estimate(column, clusters=clusters)
-        assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high))
 
 
 def pairs(offsets: np.ndarray) -> list[tuple[int, int]]:
