@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from airl_fast.artifacts import REWARD, START, load_policy, load_reward
@@ -80,7 +79,6 @@ class Judge:
             finished=finished,
         )
 
-    @torch.no_grad()
     def rewards(
         self,
         traces: Sequence[Trace],
