@@ -32,6 +32,7 @@ from airl_fast.models.adapters import (
     save_adapter,
     share,
 )
+from airl_fast.models.ends import write_ends
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, check_directory, load_language_model, load_model, load_tokenizer
 from airl_fast.traces import TraceMaker
@@ -46,6 +47,9 @@ def save_policy(lm: LanguageModel, directory: Path) -> None:
     def write(folder: Path) -> None:
         _save_model(lm.model, folder)
         lm.tokenizer.save_pretrained(folder)
+        if lm.tokenizer.chat_template is not None:
+            end_of_turn = ChatFormat.from_tokenizer(lm.tokenizer, lm.ends).end_of_turn
+            write_ends(lm.model, (end_of_turn, *lm.ends), folder)
 
     write_whole(directory, write)
 

@@ -79,7 +79,7 @@ class Endless:
         return self.engine.name
 
     def sample(self, prompts, per_prompt, params):
-        return self.engine.sample(prompts, per_prompt, replace(params, end_token=-1))
+        return self.engine.sample(prompts, per_prompt, replace(params, end_token=-1, other_ends=()))
 
     def push(self, lm, version: str) -> None:
         self.engine.push(lm, version)

@@ -25,6 +25,7 @@ from airl_fast.judge.judge import bridge_from, locate_reward
 from airl_fast.lab import make_maker
 from airl_fast.measures.localise import TokenValues
 from airl_fast.measures.rerank import Scorer, trace_scores
+from airl_fast.models.load import LanguageModel
 from airl_fast.overrides import load_config, read_yaml
 from airl_fast.pack import pack
 from airl_fast.traces import TraceMaker
@@ -76,7 +77,7 @@ class AIRLRewardFunction:
         maker = make_maker(self.config, task, start)
         self.model: Discriminator
         self.model, own = load_reward(directory, self.config, maker, start, self.device)
-        self.bridge = bridge_from(self.model, own, start.tokenizer, tokenizer, self.config)
+        self.bridge = bridge_from(self.model, own, start.tokenizer, tokenizer, self.config, _ends(start, tokenizer))
 
     # ---- TRL's reward function ----
 
@@ -164,8 +165,17 @@ class AIRLRewardFunction:
             prompt_tokens=maker.prompt_tokens(example),
             tokens=tokens,
             text=maker.chat.decode(tokens),
-            finished=tokens[-1] == maker.chat.end_of_turn,
+            finished=tokens[-1] in maker.chat.ends,
         )
+
+
+def _ends(start: LanguageModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """What ends a completion besides the template's end of turn: the token that TRL itself stops at, and, of the run's
+    own tokenizer, what its policy lists."""
+    if tokenizer is None:
+        return set()  # the bridge's own format knows them
+    same = tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
+    return {*({tokenizer.eos_token_id} - {None}), *(start.ends if same else ())}
 
 
 def _messages(prompts: Sequence[Prompt]) -> tuple[str | None, list[str]]:

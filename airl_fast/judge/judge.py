@@ -174,7 +174,8 @@ def open_judge(run: Path, *, policy: LanguageModel | None = None, task: Task | N
     start = load_policy(root / START, config.model, device)
     verify_packing(start)
     model, own = load_reward(directory, config, make_maker(config, task, start), start, device)
-    bridge = bridge_from(model, own, start.tokenizer, None if policy is None else policy.tokenizer, config)
+    tokenizer, ends = (None, ()) if policy is None else (policy.tokenizer, policy.ends)
+    bridge = bridge_from(model, own, start.tokenizer, tokenizer, config, ends)
     return Judge(config=config, model=model, bridge=bridge, policy=policy or start)
 
 
@@ -202,12 +203,16 @@ def bridge_from(
     start: PreTrainedTokenizerBase,
     tokenizer: PreTrainedTokenizerBase | None,
     config: Config,
+    ends: Iterable[int] = (),
 ) -> Bridge:
-    """From the given policy's tokens to the discriminator's: `own` leads there from the start policy's."""
+    """From the given policy's tokens to the discriminator's: `own` leads there from the start policy's.
+
+    ends: the tokens that end that policy's completions, besides its template's.
+    """
     share = config.model.share_prompts and shares_prompts(model.backbone)
     if tokenizer is None:
         return replace(own, share=share)
     reads = own.chat or ChatFormat.from_tokenizer(start)
     same = tokenizer.backend_tokenizer.to_str() == reads.tokenizer.backend_tokenizer.to_str()
-    maker = replace(own.maker, chat=ChatFormat.from_tokenizer(tokenizer))
+    maker = replace(own.maker, chat=ChatFormat.from_tokenizer(tokenizer, ends))
     return replace(own, maker=maker, chat=None if same else reads, share=share)

@@ -11,6 +11,7 @@ from airl_fast.config import ModelConfig
 from airl_fast.errors import UserError
 from airl_fast.models.adapters import is_adapter_directory, keep_layout, nf4
 from airl_fast.models.attention import set_packed
+from airl_fast.models.ends import listed_ends
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")  # Qwen/Qwen2.5-3B-Instruct
 
@@ -49,6 +50,11 @@ class LanguageModel:
     def head_bias(self) -> torch.Tensor | None:
         bias = getattr(self.head, "bias", None)
         return None if bias is None else bias[: self.num_tokens]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that the model lists as ends of what it writes; its chat template may write another."""
+        return listed_ends(self.model, self.num_tokens)
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,7 @@ It keeps the log-probability of every sampled token under exactly the distributi
 temperature and top-p), which PPO needs as log π_old.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -55,7 +55,7 @@ def sample(
     for begin in range(0, len(order), params.batch_size):
         chosen = order[begin : begin + params.batch_size]
         limits = [params.max_new_tokens] * len(chosen)
-        decoded = decode(lm, [rows[i] for i in chosen], limits, params.end_token, draw)
+        decoded = decode(lm, [rows[i] for i in chosen], limits, params.ends, draw)
         for i, drawn in zip(chosen, decoded, strict=True):
             samples[i] = drawn
     return [samples[i : i + per_prompt] for i in range(0, len(samples), per_prompt)]
@@ -65,13 +65,13 @@ def decode(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
-    end_token: int,
+    ends: Collection[int],
     draw: Draw,
     stop: Stop | None = None,
 ) -> list[Sample]:
     """One sample of each prompt, all of them in one batch. limits: the most tokens of each, at least one.
 
-    A row leaves the batch when it draws `end_token`, has its limit, or `stop(row, token)` says so of the token it
+    A row leaves the batch when it draws one of `ends`, has its limit, or `stop(row, token)` says so of the token it
     has just drawn. draw: see `Draw`.
     """
     distinct = list(dict.fromkeys(map(tuple, prompts)))  # read once each; their samples part at the first draw
@@ -93,7 +93,7 @@ def decode(
         for i, (row, token, logprob) in enumerate(zip(alive, chosen.tolist(), chosen_logprobs.tolist(), strict=True)):
             drawn[row].append(token)
             logprobs[row].append(logprob)
-            finished[row] = token == end_token
+            finished[row] = token in ends
             if not finished[row] and len(drawn[row]) < limits[row] and not (stop and stop(row, token)):
                 staying.append(i)
         if not staying:

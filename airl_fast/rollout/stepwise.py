@@ -97,7 +97,7 @@ def extend(
             return stop is not None and stop(chosen[row], token)
 
         limits = [start.limit for start in batch]
-        decoded = decode(lm, [start.tokens for start in batch], limits, params.end_token, draw, stops)
+        decoded = decode(lm, [start.tokens for start in batch], limits, params.ends, draw, stops)
         for i, sample in zip(chosen, decoded, strict=True):
             samples[i] = sample
     return samples
