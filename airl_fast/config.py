@@ -184,6 +184,7 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 256
     batch_size: Positive = 2048  # sequences decoded at once
+    cuda_graphs: bool = True  # the builtin engine's steps on a GPU
 
 
 class EvaluateConfig(Section):

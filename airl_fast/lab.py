@@ -162,7 +162,7 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         maker=maker,
         policy=policy,
         start=start,
-        engine=Builtin(start if policy is None else policy.lm),
+        engine=Builtin(start if policy is None else policy.lm, graphs=config.rollout.cuda_graphs),
         reward=reward,
         prepare=Beside(device, "prepare"),
     )

@@ -3,15 +3,18 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from airl_fast.config import ModelConfig
 from airl_fast.errors import UserError
 from airl_fast.models.adapters import is_adapter_directory, keep_layout, nf4
 from airl_fast.models.attention import set_packed
 from airl_fast.models.ends import listed_ends
+
+if TYPE_CHECKING:  # its package is not on every machine that only runs models
+    from airl_fast.config import ModelConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")  # Qwen/Qwen2.5-3B-Instruct
 
@@ -135,7 +138,7 @@ def load_model(
     return model if device is None else model.to(device)
 
 
-def load_language_model(config: ModelConfig, device: torch.device, *, key: str = "model.path") -> LanguageModel:
+def load_language_model(config: "ModelConfig", device: torch.device, *, key: str = "model.path") -> LanguageModel:
     folder = check_directory(config.path, key)
     tokenizer = load_tokenizer(folder, key, trust_remote_code=config.trust_remote_code)
     if config.chat_template is not None:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from airl_fast.models.load import LanguageModel
-from airl_fast.rollout.builtin import decode, pick
+from airl_fast.rollout.builtin import decode
 from airl_fast.rollout.engine import Sample, SamplingParams
+from airl_fast.rollout.pick import pick
 
 _BLOCK = 64  # uniform numbers drawn ahead
 
