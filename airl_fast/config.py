@@ -3,7 +3,7 @@
 Defaults follow the paper (arXiv 2510.01857) where it gives a value; what it does not have is off.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,14 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+# The word of a command line that lets model directories run code of their own, and how a refusal says it.
+TRUST = "model.trust_remote_code=true"
+HOW_TO_TRUST = (
+    "read that code, and if you trust it, repeat the command with --trust-remote-code (in Python: "
+    "trust_remote_code=True)"
+)
 
 
 class Section(BaseModel):
@@ -61,7 +69,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     attention: Literal["auto", "flash_attn", "torch_flash", "sdpa"] = "auto"
     share_prompts: bool = True  # compute a group's prompt once
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run the Python files of model directories; no file can set it (see Config)
     chat_template: str | None = None  # a Jinja template used when the tokenizer brings none
 
     @model_validator(mode="after")
@@ -210,6 +218,12 @@ class GrpoConfig(Section):
 
 
 class Config(Section):
+    # Keys that `load_config` takes from the command line alone, with what to say where a file sets them.
+    NEVER_FROM_A_FILE: ClassVar[dict[str, str]] = {
+        "model.trust_remote_code": "it would run Python code that came with a model, which no file can allow; "
+        + HOW_TO_TRUST
+    }
+
     algorithm: Literal["airl", "sft", "grpo", "reward"] = "airl"  # reward: the discriminator alone, without a policy
     seed: Count = 0
     steps: Positive = 500
