@@ -16,6 +16,7 @@ from airl_fast.artifacts import POLICY
 from airl_fast.baselines import PARENT
 from airl_fast.errors import UserError
 from airl_fast.rundir import write_atomically
+from airl_fast.trust import TRUST
 
 Say = Callable[[str], None]
 
@@ -61,6 +62,7 @@ class Runner:
         file = folder / f"{job.name}.yaml"
         write_atomically(file, yaml.safe_dump(dict(job.tree), sort_keys=False, allow_unicode=True))
         command = [sys.executable, "-m", "airl_fast", "train", str(file), "--run-name", job.name, "--resume", "auto"]
+        command += [TRUST] if job.tree["model"]["trust_remote_code"] else []
         with log_of(job).open("ab") as log:
             environment = os.environ | {PARENT: str(os.getpid())}
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
@@ -97,8 +99,11 @@ def _finished(job: Job) -> bool:
         return False
     saved = directory / "config.yaml"
     try:
-        same = yaml.safe_load(saved.read_text(encoding="utf-8")) == yaml.safe_load(yaml.safe_dump(dict(job.tree)))
-    except (OSError, yaml.YAMLError):
+        then, now = (yaml.safe_load(t) for t in (saved.read_text(encoding="utf-8"), yaml.safe_dump(dict(job.tree))))
+        for tree in (then, now):
+            tree["model"]["trust_remote_code"] = False  # says nothing of what was computed
+        same = then == now
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
         same = False
     if not same:
         raise UserError(

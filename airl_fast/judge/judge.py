@@ -25,8 +25,8 @@ from airl_fast.microbatch import TokenBudget, over_tokens
 from airl_fast.models.attention import shares_prompts
 from airl_fast.models.forward import token_logprobs, verify_packing
 from airl_fast.models.load import LanguageModel
-from airl_fast.overrides import load_config, read_yaml
 from airl_fast.pack import pack
+from airl_fast.saved import run_config
 from airl_fast.traces import TraceMaker
 from airl_fast.types import Example, Kind, Trace
 
@@ -160,14 +160,17 @@ def judge_of(lab: Lab, model: Discriminator, bridge: Bridge) -> Judge:
     return Judge(config=lab.config, model=model, bridge=bridge, policy=lab.start)
 
 
-def open_judge(run: Path, *, policy: LanguageModel | None = None, task: Task | None = None) -> Judge:
+def open_judge(
+    run: Path, *, policy: LanguageModel | None = None, task: Task | None = None, trust_remote_code: bool = False
+) -> Judge:
     """The reward of a finished run, given by its directory or by that of its reward model inside.
 
     policy: another model whose traces are to be judged; None for the run's start policy. task: another one to cut
-    steps and read answers by; None for the run's. UserError for a directory that is no finished AIRL run's.
+    steps and read answers by; None for the run's. trust_remote_code: whether the run's model directories may run Python
+    files of their own. UserError for a directory that is no finished AIRL run's.
     """
     root, directory = locate_reward(run)
-    config = load_config(Config, read_yaml(root / "config.yaml"), [], origin=str(root / "config.yaml"))
+    config = run_config(root, trust_remote_code=trust_remote_code)
     device = pick_device(config)
     if task is None:
         task = make_task(config.data.task, path=config.data.path, seed=config.seed, **config.data.options)

@@ -9,9 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from airl_fast.errors import UserError
+from airl_fast.manifest import check_model
 from airl_fast.models.adapters import is_adapter_directory, keep_layout, nf4
 from airl_fast.models.attention import set_packed
 from airl_fast.models.ends import listed_ends
+from airl_fast.trust import HOW_TO_TRUST
 
 if TYPE_CHECKING:  # its package is not on every machine that only runs models
     from airl_fast.config import ModelConfig
@@ -65,15 +67,20 @@ class LanguageModel:
 
 
 def check_directory(path: str, key: str) -> Path:
-    """Refuse a directory that transformers could only meet with a traceback. `key` names the setting at fault."""
+    """Refuse a directory that transformers could only meet with a traceback, and one of ours that has changed since.
+
+    key: names the setting at fault.
+    """
     folder = Path(path).expanduser().resolve()  # absolute: saved adapters record it
+    check_model(folder)
     if not folder.is_dir():
         if _HUB_NAME.fullmatch(path) and key.endswith(".path"):
             raise UserError(f"set {key}=DIR to a local copy of {path}; nothing is downloaded.")
         raise UserError(f"{key}: no model directory at {path}; give a local Hugging Face directory.")
-    if is_adapter_directory(folder) and not (folder / "config.json").is_file():
+    if is_adapter_directory(folder):  # beside a model, transformers would add it without a word
+        what = "beside its model" if (folder / "config.json").is_file() else "not a model"
         raise UserError(
-            f"{key}: {path} holds a PEFT adapter, not a model; give its base model, or merge the two with "
+            f"{key}: {path} holds a PEFT adapter, {what}; give its base model, or merge the two with "
             "`airl-fast export RUN --format merged`."
         )
     if not (folder / "config.json").is_file():
@@ -90,6 +97,7 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its file formats raise
+        _refuse_code(error, folder, key)
         raise UserError(
             f"{key}: the tokenizer in {folder} does not load ({_first_line(error)}); save it again."
         ) from error
@@ -129,6 +137,7 @@ def load_model(
             **quantised,
         )
     except Exception as error:  # as above: a damaged file raises a dozen types
+        _refuse_code(error, folder, key)
         raise UserError(f"{key}: the model in {folder} does not load ({_first_line(error)}); save it again.") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
@@ -199,6 +208,14 @@ def _check_logits(lm: LanguageModel, folder: Path, key: str) -> None:
             f"{key}: {folder} holds a {type(lm.model).__name__}, whose logits are not its output layer's alone; "
             "use another architecture, such as Qwen2 or Llama."
         )
+
+
+def _refuse_code(error: Exception, folder: Path, key: str) -> None:
+    """Name the switch where transformers asks for `trust_remote_code`: the directory needs code that it brings."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        raise UserError(
+            f"{key}: {folder} loads by Python code that it brings, which is not run unasked; {HOW_TO_TRUST}."
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
