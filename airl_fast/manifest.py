@@ -81,7 +81,7 @@ def check_model(directory: Path) -> None:
 
 
 def _beside(directory: Path) -> Path:
-    return directory.with_name(f"{directory.name}.{MODEL}")
+    return directory.parent / f"{directory.name}.{MODEL}"
 
 
 def _is_harmless(name: str) -> bool:

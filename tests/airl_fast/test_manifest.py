@@ -37,12 +37,8 @@ def run(tmp_path) -> Path:
 
 def traces(tmp: Path) -> str:
     file = tmp / "traces.jsonl"
-    row = {
-        "prompt": "start 7; gain 1?",
-        "completion": "<think>\n7 + 1 = 8\n</think>\n<answer>8</answer>",
-        "answer": "8",
-    }
-    file.write_text(json.dumps(row) + "\n")
+    text = "<think>\n7 + 1 = 8\n</think>\n<answer>8</answer>"
+    file.write_text(json.dumps({"prompt": "start 7; gain 1?", "completion": text, "answer": "8"}) + "\n")
     return str(file)
 
 
@@ -58,7 +54,8 @@ READ: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], list]]] = {
     "generate": ((START, REWARD), lambda run, tmp: ["generate", run, traces(tmp), "--guided", "none"]),
     "generate by the policy": ((POLICY,), lambda run, tmp: ["generate", run, traces(tmp), "--policy", "airl"]),
     "serve": ((START, REWARD), lambda run, tmp: ["serve", run, "--port", "0"]),
-    "eval": ((START, POLICY, SFT, REWARD), lambda run, tmp: ["eval", run, "--prompts", "2", "--samples", "2", "--k", "1"]),
+    "eval": ((START, POLICY, SFT, REWARD), lambda run, tmp: ["eval", run, "--prompts", "2", "--samples", "2",
+                                                             "--k", "1"]),
     "export": ((POLICY,), lambda run, tmp: ["export", run, "-o", tmp / "out"]),
     "export the reward": ((REWARD,), lambda run, tmp: ["export", run, "--what", "discriminator", "-o", tmp / "out"]),
     "resume": ((START,), lambda run, tmp: ["train", "tiny", *SMALL, f"output_dir={run.parent}", "--run-name", run.name,
@@ -89,7 +86,9 @@ def test_a_flipped_bit_in_the_weights_stops_every_command_that_reads_them(run, t
 FILES = [
     (part, file)
     for part, own in ((START, ()), (POLICY, ()), (SFT, ()), (REWARD, ("head.safetensors", "head.json")))
-    for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *own)
+    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+                 "tokenizer_config.json", "chat_template.jinja", *own)
+    if (part, file) != (REWARD, "generation_config.json")
 ]  # fmt: skip
 
 
@@ -124,7 +123,7 @@ ADDED = {
     "a second shard": "model-00002-of-00002.safetensors",
     "an index of shards": "model.safetensors.index.json",
     "an adapter": "adapter_config.json",
-    "a generation config": "adapter_model.safetensors",
+    "an adapter's weights": "adapter_model.safetensors",
     "tokens": "added_tokens.json",
     "pickled weights": "pytorch_model.bin",
 }
@@ -140,10 +139,16 @@ def test_a_file_that_was_added_is_not_picked_up(run, tmp_path, capsys, part, wha
     assert f"{run / part} is not as it was written: {ADDED[what]} was added to it" in sentence
 
 
+def test_odd_paths_have_no_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("/"), Path(), Path(".."), tmp_path / "gone"):
+        manifest.check_model(path)
+
+
 def test_what_nothing_reads_may_be_added(run, tmp_path):
     for name in ("README.md", ".gitattributes", ".DS_Store"):
         (run / START / name).write_text("mine")
-    assert main(READ["score"][1](run, tmp_path)[:1] + [str(w) for w in READ["score"][1](run, tmp_path)[1:]]) == 0
+    assert main([str(word) for word in READ["score"][1](run, tmp_path)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -233,7 +238,7 @@ def test_the_linked_weights_under_the_adapters_are_checked_too(adapted, tmp_path
     """They are the user's, so their list is the run's; what else lies there is nobody's business."""
     assert (adapted / START).is_symlink() and not (base() / MODEL).exists()
     listed = adapted / f"{START}.{MODEL}"
-    expected = open_run(adapted).start.model.get_input_embeddings().weight
+    expected = open_run(adapted).start.model.state_dict()
     (base() / "consolidated.pth").write_text("of another library")
     original = (base() / file).read_bytes()
     flip(base() / file)
@@ -243,7 +248,8 @@ def test_the_linked_weights_under_the_adapters_are_checked_too(adapted, tmp_path
         assert f"delete {listed}." in sentence
         if file == "model.safetensors":
             listed.unlink()  # the change is the user's own
-            assert not torch.equal(open_run(adapted).start.model.get_input_embeddings().weight, expected)
+            found = open_run(adapted).start.model.state_dict()
+            assert sum(not torch.equal(found[name], expected[name]) for name in expected) == 1
     finally:
         (base() / file).write_bytes(original)
 

@@ -4,6 +4,7 @@ The code is real: it leaves a mark when it is imported, and with the switch the 
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 
 from airl_fast import manifest
 from airl_fast.artifacts import POLICY, REWARD, START, load_policy
+from airl_fast.baselines import train_command
 from airl_fast.cli import main
 from airl_fast.config import Config
 from airl_fast.errors import UserError
@@ -23,6 +25,7 @@ from airl_fast.evaluate.command import open_run
 from airl_fast.integrations.reward import AIRLRewardFunction
 from airl_fast.judge.judge import open_judge
 from airl_fast.overrides import load_config, read_yaml
+from airl_fast.rollout import vllm
 from airl_fast.saved import run_config
 from tests.airl_fast.run_cases import EASY, small_run
 
@@ -223,7 +226,10 @@ def test_what_loads_no_model_reads_their_run_and_runs_nothing(theirs, tmp_path, 
     assert not mark.exists() and "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", READERS)
+CONTROLS = ("score a reward", "transfer of their run", "generate", "export a policy")  # a load through each door
+
+
+@pytest.mark.parametrize("name", CONTROLS)
 def test_with_the_switch_the_same_command_runs_their_code(theirs, tmp_path, mark, capsys, name):
     """The positive control: what the tests above refuse is real, and the switch is all it takes."""
     argv = [str(word) for word in READERS[name](theirs, tmp_path)]
@@ -319,3 +325,28 @@ def test_a_task_is_one_of_ours_and_never_a_path_to_code(theirs, tmp_path, capsys
     for task in ("evil:Task", "os:system", str(tmp_path / "evil.py")):
         assert main(["train", "tiny", f"data.task={task}", f"output_dir={tmp_path}"]) == 2
         assert "unknown task" in capsys.readouterr().err
+
+
+def test_a_child_process_imports_nothing_from_a_directory_that_its_parent_does_not(tmp_path, monkeypatch):
+    """A run that came with a yaml.py of its own, and a user who trains in it by the script airl-fast."""
+    (tmp_path / "yaml.py").write_text("raise SystemExit('their code ran')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    command = train_command(tmp_path / "none.yaml", "x", trusted=False)
+    assert "model.trust_remote_code=true" not in command
+    paths = os.pathsep.join(sys.path)
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False)
+    assert run.returncode == 2 and "none.yaml: there is no such file" in run.stderr
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    command = train_command(tmp_path / "none.yaml", "x", trusted=True)  # such a parent has imported from there itself
+    assert "-P" not in command and command[-1] == "model.trust_remote_code=true"
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_vllm_trusts_what_this_call_does(tmp_path, trusted):
+    config = load_config(
+        Config, {"model": {"build": {}}}, ["model.trust_remote_code=true"] if trusted else [], origin="x"
+    )
+    lm = open_run(small_run()).start
+    needs = vllm.Needs(longest=64, sequences=2, probes=(), scratch=tmp_path)
+    assert vllm._options(config, lm, needs)["trust_remote_code"] is trusted
