@@ -59,6 +59,8 @@ def save_policy(lm: LanguageModel, directory: Path, *, listed: bool = False) -> 
 
 def load_policy(directory: Path, config: ModelConfig, device: torch.device) -> LanguageModel:
     """A saved policy, frozen weights quantised as `config` says."""
+    if directory.is_symlink():  # whose target knows nothing of the run's list
+        manifest.check_model(directory)
     base = base_directory(directory)
     settings = config.model_copy(update={"path": str(base or directory), "build": None})
     lm = load_language_model(settings, device, key=str(directory))
@@ -75,6 +77,7 @@ def keep_start(lm: LanguageModel, config: Config, directory: Path) -> LanguageMo
             if directory.is_symlink():  # of a start that was cut short
                 directory.unlink()
             directory.symlink_to(Path(lm.model.name_or_path), target_is_directory=True)
+            manifest.write_beside(directory)
         except OSError as error:
             raise UserError(f"{directory} could not be written ({error.strerror}); check the directory.") from None
         return lm
@@ -97,7 +100,7 @@ def base_directory(directory: Path) -> Path | None:
     if not base.is_dir():
         raise UserError(
             f"{directory}: the frozen weights under this adapter are not at {base} any more; put them back, or correct "
-            "base_model_name_or_path in its adapter_config.json."
+            f"base_model_name_or_path in its adapter_config.json and delete its {manifest.MODEL}."
         )
     return base
 

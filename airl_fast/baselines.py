@@ -56,6 +56,17 @@ def baseline_config(config: Config, name: str, run: Path) -> Config:
     return load_config(Config, tree, words, origin=f"baseline {name} (baseline_overrides.{name})")
 
 
+def train_command(file: Path, name: str, *, trusted: bool) -> list[str]:
+    """`airl-fast train FILE` for a process that trains a part of this one's work, which hands on what it trusts.
+
+    Where this process does not import from the working directory (the script airl-fast does not), neither will that.
+    """
+    here = any(Path(path).resolve() == Path.cwd() for path in sys.path)
+    command = [sys.executable, *([] if here else ["-P"]), "-m", "airl_fast"]
+    command += ["train", str(file), "--run-name", name, "--resume", "auto"]
+    return [*command, TRUST] if trusted else command
+
+
 @contextmanager
 def training(config: Config, run: Path) -> Iterator["Baselines"]:
     """Baselines train while the block runs, `evaluate.workers` at a time; leaving it by an error ends them."""
@@ -110,8 +121,7 @@ class Baselines:
         file = folder / f"{name}.yaml"
         text = yaml.safe_dump(plain(baseline_config(self._config, name, self._run)), sort_keys=False)
         write_atomically(file, text)
-        command = [sys.executable, "-m", "airl_fast", "train", str(file), "--run-name", name, "--resume", "auto"]
-        command += [TRUST] if self._config.model.trust_remote_code else []
+        command = train_command(file, name, trusted=self._config.model.trust_remote_code)
         with self._log(name).open("ab") as log:
             environment = os.environ | {PARENT: str(os.getpid())}
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)

@@ -38,8 +38,7 @@ def say_unchecked(run: Path) -> None:
 
 @cache
 def _say_unchecked(run: Path) -> None:
-    # A start policy that is a link is the user's own directory.
-    own = [run / name for name in (START, POLICY, REWARD) if (run / name).is_dir() and not (run / name).is_symlink()]
+    own = [run / name for name in (START, POLICY, REWARD) if (run / name).is_dir()]
     without = [folder.relative_to(run) for folder in own if not manifest.has_model_list(folder)]
     if without:
         log.warning(

@@ -1,5 +1,6 @@
 """Load a local Hugging Face model directory, and say in one sentence what is wrong with one that does not load."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +89,23 @@ def check_directory(path: str, key: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         hint = " (pickled *.bin weights are not read; convert them)" if any(folder.glob("*.bin")) else ""
         raise UserError(f"{key}: {path} has no *.safetensors weights{hint}; save the model as safetensors.")
+    _check_shards(folder / "model.safetensors.index.json", key)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{key}: {path} has no tokenizer.json; save the model's fast tokenizer beside its weights.")
     return folder
+
+
+def _check_shards(index: Path, key: str) -> None:
+    """An index of shards may name any file, a pickle among them, and transformers would read it."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # there is none, or transformers says what is wrong with it
+    for shard in shards:
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
+            raise UserError(
+                f"{key}: {index} names {shard!r}, which is no *.safetensors file beside it; save the model again."
+            )
 
 
 def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
