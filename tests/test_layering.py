@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: dict[str, set[str]] = {
     "records": {"errors", "types"},
-    "services": {"config", "overrides", "checkpoint", "metrics", "progress", "rundir", "doctor"},
+    "services": {"config", "overrides", "checkpoint", "metrics", "progress", "processor", "rundir", "doctor"},
     "tools": {"device", "data", "models", "optim", "pack", "microbatch", "beside", "granularity", "measures"},
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
     "assembly": {
