@@ -16,12 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# From the terms of one block, [K, N], and the sum so far, [N]: one float32 addition after the other.
-_BLOCK = 1 << 22  # numbers held at once
-
-
-def _one_after_the_other(terms: np.ndarray, total: np.ndarray) -> np.ndarray:
-    return np.add.accumulate(np.concatenate([total[None], terms]), axis=0, dtype=np.float32)[-1]
+_BLOCK = 1 << 22  # terms held at once
 
 
 def _chain(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -30,8 +25,8 @@ def _chain(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     step = max(1, _BLOCK // max(1, total.size))
     for start in range(0, left.shape[1], step):
         part = slice(start, start + step)
-        terms = left.T[part, :, None] * right[part, None, :]
-        total = _one_after_the_other(terms.reshape(terms.shape[0], -1), total)
+        terms = (left.T[part, :, None] * right[part, None, :]).reshape(-1, total.size)
+        total = np.add.accumulate(np.concatenate([total[None], terms]), axis=0)[-1]
     return total.reshape(left.shape[0], right.shape[1])
 
 
@@ -81,7 +76,8 @@ def _kernels(order: str) -> dict[str, Callable]:
 
 def _into(function: Callable) -> Callable:
     def run(*args, out: Tensor, **kwargs) -> Tensor:
-        return out.resize_(found.shape).copy_(found) if (found := function(*args, **kwargs)) is not None else out
+        found = function(*args, **kwargs)
+        return out.resize_(found.shape).copy_(found)
 
     return run
 

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: dict[str, set[str]] = {
     "records": {"errors", "types", "trust"},
-    "services": {"config", "overrides", "manifest", "checkpoint", "metrics", "progress", "rundir", "doctor"},
+    "services": {
+        *("config", "overrides", "manifest", "checkpoint", "metrics", "progress", "processor", "rundir", "doctor"),
+    },
     "tools": {"device", "data", "models", "optim", "pack", "microbatch", "beside", "granularity", "measures"},
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
     "assembly": {

@@ -56,8 +56,8 @@ class WorstProducts(TorchDispatchMode):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
         self.used = False
+        self._seed, self._generators = seed, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -69,14 +69,19 @@ class WorstProducts(TorchDispatchMode):
         return self._product(args[before], args[before + 1], added)
 
     def _product(self, left: Tensor, right: Tensor, added: tuple[Tensor, float] | None) -> Tensor:
-        exact, squares = left.double() @ right.double(), left.float().square() @ right.float().square()
+        exact, squares = left.double() @ right.double(), left.float().square() @ right.float().square()  # fp32: a size
         terms = left.shape[-1]
         if added is not None:
             bias, alpha = added
             exact, squares, terms = bias + alpha * exact, bias.square() + alpha**2 * squares, terms + 1
-        size = (exact.square() + squares).sqrt_().mul_(_LOST * torch.finfo(torch.float32).eps / 2 * terms**0.5)
-        luck = torch.randn(exact.shape, generator=self.generator)  # on the CPU: the same numbers for every device
-        return size.mul_(luck.to(size.device)).add_(exact).to(left.dtype)
+        size = exact.square().add_(squares).sqrt_().mul_(_LOST * torch.finfo(torch.float32).eps / 2 * terms**0.5)
+        return size.mul_(self._luck(size)).add_(exact).to(left.dtype)
+
+    def _luck(self, like: Tensor) -> Tensor:
+        device = like.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return torch.randn(like.shape, generator=self._generators[device], device=device)
 
 
 def in_the_worst_order(run: Callable[[], tuple[Tensor, ...]], seeds: int = SEEDS) -> tuple[Tensor, ...]:
