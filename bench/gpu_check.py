@@ -35,7 +35,7 @@ from bench.visit.runner import ROOT, run
 from bench.visit.summary import exit_code, render
 
 NEEDED = ("torch", "triton", "numpy")
-LEAST = 5.0  # a stage with less time than this is not begun
+LEAST = 5.0  # with less time than this left no stage is begun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def check(visit: Visit, stages: Sequence[Stage], whole: float) -> int:
     for number, stage in enumerate(stages):
         left = whole - (time.monotonic() - start)
         limit = _limit(stage, stages[number + 1 :], left, visit)
-        reason = stage.absent(visit) or (f"{left:.0f} s are left" if limit < LEAST else None)
+        reason = stage.absent(visit) or (f"{left:.0f} s are left" if left < LEAST else None)
         if reason is not None:
             append(visit.records, stage.name, "end", skipped=reason)
             print(f"=== {stage.name} is left out: {reason}", flush=True)
