@@ -22,6 +22,8 @@ from bench.report import table
 
 REQUIREMENTS = Path(__file__).with_name("carry.txt")
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".carry"
+PYTHON = (3, 12)  # that the compiled ones are for
 MOST_BYTES = 60 << 20
 PLATFORMS = ("manylinux_2_34", "manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 # Of these packages only what matches is kept. Without __init__.py, verl and verl.utils import none of its trainer.
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser: argparse.ArgumentParser = Parser(prog="python -m bench.carry", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / ".carry", help="emptied first; default .carry")
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="emptied first; default .carry")
     parser.add_argument("--offline", type=Path, metavar="WHEELS", help="take the wheels from this folder")
     options = parser.parse_args(arguments)
     _empty(options.folder)
@@ -53,6 +55,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     return int(whole > MOST_BYTES)
 
 
+def path_of(folder: Path = FOLDER) -> Path | None:
+    """The folder, where it was laid out and this Python can import from it."""
+    return folder if folder.is_dir() and sys.version_info[:2] == PYTHON else None
+
+
 def _empty(folder: Path) -> None:
     """A folder of ours from before goes; anything else stays, and is refused."""
     if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("*.dist-info")):
@@ -63,7 +70,16 @@ def _empty(folder: Path) -> None:
 
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-    command += ["--python-version", "3.12", "--implementation", "cp", "-d", str(folder), "-r", str(REQUIREMENTS)]
+    command += [
+        "--python-version",
+        "{}.{}".format(*PYTHON),
+        "--implementation",
+        "cp",
+        "-d",
+        str(folder),
+        "-r",
+        str(REQUIREMENTS),
+    ]
     command += [word for platform in PLATFORMS for word in ("--platform", f"{platform}_x86_64")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:

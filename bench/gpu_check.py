@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import carry
 from bench.errors import BadArgument, run_command
 from bench.results import commit
 from bench.visit.plan import STAGES, WHOLE, WHOLE_REHEARSAL, Stage, Visit
@@ -34,8 +35,7 @@ from bench.visit.runner import ROOT, run
 from bench.visit.summary import exit_code, render
 
 NEEDED = ("torch", "triton", "numpy")
-CARRIED = ROOT / ".carry"
-LEAST = 5.0  # a stage with less time than this is not begun
+LEAST = 5.0  # with less time than this left no stage is begun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +59,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         append(visit.records, "environment", "environment", **environment)
     except OSError as error:
         raise BadArgument(f"{options.out} cannot be written ({error.strerror}); give another folder.") from None
+    if carry.FOLDER.is_dir() and carry.path_of() is None:
+        print(f"{carry.FOLDER.name} is for Python {'.'.join(map(str, carry.PYTHON))} and left out", flush=True)
     return check(visit, stages, options.whole_s or (WHOLE_REHEARSAL if visit.rehearse else WHOLE))
 
 
@@ -80,6 +82,7 @@ def describe(visit: Visit) -> dict[str, object]:
     import torch
     import triton
 
+    carried = carry.path_of()
     common = {
         "commit": commit(),
         "python": platform.python_version(),
@@ -87,7 +90,7 @@ def describe(visit: Visit) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "cores": os.cpu_count(),
-        "carried": sorted(p.name for p in CARRIED.iterdir()) if CARRIED.is_dir() else [],
+        "carried": [] if carried is None else sorted(p.name for p in carried.glob("*.dist-info")),
     }
     if visit.rehearse:
         return {"device": f"{platform.machine()} CPU, a rehearsal at toy shapes", "rehearsal": True} | common
@@ -113,7 +116,7 @@ def check(visit: Visit, stages: Sequence[Stage], whole: float) -> int:
     for number, stage in enumerate(stages):
         left = whole - (time.monotonic() - start)
         limit = _limit(stage, stages[number + 1 :], left, visit)
-        reason = stage.absent(visit) or (f"{left:.0f} s are left" if limit < LEAST else None)
+        reason = stage.absent(visit) or (f"{left:.0f} s are left" if left < LEAST else None)
         if reason is not None:
             append(visit.records, stage.name, "end", skipped=reason)
             print(f"=== {stage.name} is left out: {reason}", flush=True)
@@ -139,7 +142,7 @@ def _limit(stage: Stage, later: Sequence[Stage], left: float, visit: Visit) -> f
 
 def stage_environment(visit: Visit) -> dict[str, str]:
     """Sources and carried packages are found where they lie; children say what they print at once."""
-    paths = [ROOT / "kernels", ROOT, *([CARRIED] if CARRIED.is_dir() else [])]
+    paths = [ROOT / "kernels", ROOT, *filter(None, [carry.path_of()])]
     given = os.environ.get("PYTHONPATH")
     toy = {"AIRL_GPU_TESTS_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {

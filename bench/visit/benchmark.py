@@ -39,6 +39,7 @@ HEADLINE = (
 TOY_HEADLINE = (
     ("linear_logprob", "frozen f+b", "linear:64x32x500"),
     ("linear_ppo_loss", "trainable f+b", "linear:64x32x490of500"),
+    ("discriminator_loss", "f+b", "head:64x32x50"),
     ("discounted_returns", "forward", "sequences:16x64"),
 )
 TOY = "linear:64x32x490of500,head:64x32x50,sequences:16x40,logits:32x300"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 WHOLE = 480.0  # seconds, the summary included
 WHOLE_REHEARSAL = 900.0  # two minutes on two idle cores; a busy machine may take its time
-_GRACE = 8.0  # a stage is told to end so many seconds before it is killed
+_GRACE = 12.0  # seconds for the row that is under way when a stage's budget is used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +68,8 @@ def _module(name: str, visit: Visit, *flags: str) -> list[str]:
     return [sys.executable, "-m", name, "--records", str(visit.records), *flags]
 
 
-def _budget(limit: float) -> list[str]:
-    return ["--budget-s", f"{max(limit - _GRACE, 1):.0f}"]
+def _budget(visit: Visit, limit: float) -> list[str]:
+    return ["--budget-s", f"{limit / 2 if visit.rehearse else max(limit - _GRACE, 1):.0f}"]
 
 
 def _smoke(visit: Visit, limit: float) -> list[str]:
@@ -77,11 +77,15 @@ def _smoke(visit: Visit, limit: float) -> list[str]:
 
 
 def _headline(visit: Visit, limit: float) -> list[str]:
-    return _module("bench.visit.benchmark", visit, "--stage", "headline", "--device", visit.device, *_budget(limit))
+    return _module(
+        "bench.visit.benchmark", visit, "--stage", "headline", "--device", visit.device, *_budget(visit, limit)
+    )
 
 
 def _benchmark(visit: Visit, limit: float) -> list[str]:
-    return _module("bench.visit.benchmark", visit, "--stage", "benchmark", "--device", visit.device, *_budget(limit))
+    return _module(
+        "bench.visit.benchmark", visit, "--stage", "benchmark", "--device", visit.device, *_budget(visit, limit)
+    )
 
 
 def _precompile(visit: Visit, limit: float) -> list[str]:
@@ -99,7 +103,7 @@ def _compiled(visit: Visit, limit: float) -> list[str]:
 
 
 def _updates(visit: Visit, limit: float) -> list[str]:
-    return _module("bench.visit.updates", visit, "--device", visit.device, *_budget(limit))
+    return _module("bench.visit.updates", visit, "--device", visit.device, *_budget(visit, limit))
 
 
 def _steps(visit: Visit, limit: float) -> list[str]:
@@ -111,7 +115,14 @@ def _profile(visit: Visit, limit: float) -> list[str]:
 
 
 def _sweep(visit: Visit, limit: float) -> list[str]:
-    return [sys.executable, "-m", "bench.chunk_sweep", "--json", str(visit.out / "chunk_sweep.json"), *_budget(limit)]
+    return [
+        sys.executable,
+        "-m",
+        "bench.chunk_sweep",
+        "--json",
+        str(visit.out / "chunk_sweep.json"),
+        *_budget(visit, limit),
+    ]
 
 
 STAGES = (

@@ -1,9 +1,10 @@
 """The summary of a visit, from its records alone: goals first, then each stage's table."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from bench.goals import findings, findings_table
+from bench.goals import UNMEASURED, findings, findings_table
 from bench.report import results_table, short, table
 from bench.results import Row
 from bench.targets import judge, verdict_table
@@ -30,10 +31,12 @@ def render(path: Path) -> str:
     environment = next(iter(of(records, kind="environment")), {})
     versions = ", ".join(f"{key} {environment.get(key)}" for key in ("commit", "python", "torch", "cuda", "triton"))
     parts = [f"# {environment.get('device', 'no device')}", versions]
+    found = findings(rows_of(records), updates_of(records))
     if environment.get("rehearsal"):
         parts.append("A rehearsal on a CPU: no figure here says anything about a GPU.")
+        found = [f if f.state == UNMEASURED else replace(f, state="rehearsed") for f in found]
     parts += [
-        *("## Goals", findings_table(findings(rows_of(records), updates_of(records)))),
+        *("## Goals", findings_table(found)),
         *("## Stages", stages_table(records)),
         *("## What failed", failures(records)),
         *("## Rows with a goal, and others of ours", verdicts(records)),
@@ -46,7 +49,7 @@ def render(path: Path) -> str:
 
 
 def rows_of(records: list[dict], *stages: str) -> list[Row]:
-    """Of the stages, or of all; rows that an earlier commit's class cannot hold are left out."""
+    """Of the stages, or of all."""
     return [Row(**r["row"]) for r in of(records, kind="row") if not stages or r["stage"] in stages]
 
 
