@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from airl_fast.models.load import LanguageModel
+from airl_fast.rollout.crossing import decode_by_regime
 from airl_fast.rollout.engine import Sample, SamplingParams
 from airl_fast.rollout.prefill import read_prompts
 
@@ -55,7 +56,7 @@ def sample(
     for begin in range(0, len(order), params.batch_size):
         chosen = order[begin : begin + params.batch_size]
         limits = [params.max_new_tokens] * len(chosen)
-        decoded = decode(lm, [rows[i] for i in chosen], limits, params.end_token, draw)
+        decoded = decode_by_regime(decode, lm, [rows[i] for i in chosen], limits, params.end_token, draw)
         for i, drawn in zip(chosen, decoded, strict=True):
             samples[i] = drawn
     return [samples[i : i + per_prompt] for i in range(0, len(samples), per_prompt)]
@@ -69,7 +70,8 @@ def decode(
     draw: Draw,
     stop: Stop | None = None,
 ) -> list[Sample]:
-    """One sample of each prompt, all of them in one batch. limits: the most tokens of each, at least one.
+    """One sample of each prompt, all of them in one batch. limits: the most tokens of each, at least one. For a model
+    with regimes, prompts and samples are of one; `crossing` cuts them so.
 
     A row leaves the batch when it draws `end_token`, has its limit, or `stop(row, token)` says so of the token it
     has just drawn. draw: see `Draw`.
