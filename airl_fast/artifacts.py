@@ -151,7 +151,7 @@ def load_reward(
     tokenizer = load_tokenizer(folder, "reward model", trust_remote_code=config.model.trust_remote_code)
     same = tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
     chat = None if same else ChatFormat.from_tokenizer(tokenizer)
-    return model.to(device).requires_grad_(False), Bridge(maker=maker, chat=chat, device=device)
+    return model.to(device).requires_grad_(False), Bridge(maker=maker, chat=chat, device=device, regimes=model.regimes)
 
 
 def _load_backbone(

@@ -8,6 +8,7 @@ import torch
 
 from airl_fast.data.chat import ChatFormat
 from airl_fast.data.spans import concat_span_maps, map_rewards, span_map
+from airl_fast.models.regimes import ONE, Regimes
 from airl_fast.pack import pack
 from airl_fast.traces import TraceMaker
 from airl_fast.types import Example, Trace, TraceBatch
@@ -26,15 +27,16 @@ class Bridge:
     chat: ChatFormat | None
     device: torch.device
     share: bool = True  # compute a prompt once for all traces that continue it
+    regimes: Regimes = ONE  # of what reads the discriminator's batch
 
     def pack(self, traces: Sequence[Trace], examples: Sequence[Example]) -> TraceBatch:
         """The traces as the discriminator reads them. examples: the batch's prompts, indexed by a trace's group."""
         if self.chat is None:
             own = [self._with_own_end(trace) for trace in traces]
-            return pack(own, self.device, self.maker.training_boundaries, share=self.share)
+            return pack(own, self.device, self.maker.training_boundaries, share=self.share, regimes=self.regimes)
         maker = replace(self.maker, chat=self.chat)
         own = [self._own(trace, examples) for trace in traces]
-        return pack(own, self.device, maker.training_boundaries, share=self.share)
+        return pack(own, self.device, maker.training_boundaries, share=self.share, regimes=self.regimes)
 
     def to_policy(self, rewards: torch.Tensor, traces: Sequence[Trace], examples: Sequence[Example]) -> torch.Tensor:
         """Rewards of the packed traces, f32 [M'] on the discriminator's tokens -> f32 [M] on the policy's."""

@@ -16,7 +16,7 @@ from airl_fast.errors import UserError
 from airl_fast.models.adapters import trainable
 from airl_fast.models.attention import shares_prompts
 from airl_fast.models.build import build_model, build_tokenizer
-from airl_fast.models.forward import verify_packing
+from airl_fast.models.check import verify_packing
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, load_language_model, wrap
 from airl_fast.optim import Optimiser, make_optimiser
@@ -171,7 +171,24 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         train=tuple(fit_context(lab, material.train, "training", say, demonstrations=True)),
         dev=tuple(fit_context(lab, material.dev, "dev", say)),
     )
+    if policy is not None and config.algorithm != "sft" and config.policy.importance_sampling == "none":
+        _refuse_crossing(lab, fitting.train)
     return replace(lab, material=fitting)
+
+
+def _refuse_crossing(lab: Lab, examples: Sequence[Example]) -> None:
+    """UserError where a sample could be drawn with other rotary factors than the trainer reads it with: each token is
+    drawn with those of the length before it, and the trainer reads all of them with those of the whole length."""
+    regimes, new = lab.start.regimes, lab.config.rollout.max_new_tokens
+    for example in examples if regimes else ():
+        prompt = len(lab.maker.prompt_tokens(example))
+        if regimes.of(prompt) != regimes.of(prompt + new):
+            raise UserError(
+                f"model.path: the policy has other rotary factors {regimes}. Training prompt {example.id} has {prompt} "
+                f"and rollout.max_new_tokens={new}: tokens that are drawn before the change would be trained on as if "
+                "drawn after it. Lower rollout.max_new_tokens, or set policy.importance_sampling=token, which corrects "
+                "for the difference."
+            )
 
 
 def make_policy(config: Config, start: LanguageModel) -> Policy:
@@ -227,7 +244,11 @@ def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device:
         model=model,
         optimiser=make_optimiser(groups, discriminator.optim, updates),
         bridge=Bridge(
-            maker=maker, chat=chat, device=device, share=config.model.share_prompts and shares_prompts(backbone)
+            maker=maker,
+            chat=chat,
+            device=device,
+            regimes=model.regimes,
+            share=config.model.share_prompts and shares_prompts(backbone),
         ),
         learning=Beside(device, "discriminator"),
     )

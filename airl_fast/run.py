@@ -27,6 +27,7 @@ from airl_fast.metrics import Metrics
 from airl_fast.models.attention import why_not_shared
 from airl_fast.models.forward import attention_kernel
 from airl_fast.models.load import LanguageModel
+from airl_fast.models.regimes import regimes_of
 from airl_fast.overrides import plain
 from airl_fast.preflight import check, what_is_trained
 from airl_fast.progress import Progress
@@ -127,6 +128,8 @@ def _say_attention(lab: Lab, say: Callable[[str], None]) -> None:
             say(f"{name}: attention by {kernel.name}; each prompt is computed once")
         else:
             say(f"{name}: attention by {kernel.name}; prompts not shared (model.share_prompts)")
+        if regimes := regimes_of(model):
+            say(f"{name}: other rotary factors {regimes}; a pass holds traces of one kind")
 
 
 def _warm_start(

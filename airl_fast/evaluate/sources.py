@@ -15,7 +15,7 @@ from airl_fast.evaluate.policies import Samples
 from airl_fast.judge.judge import Judge, bridge_from
 from airl_fast.lab import make_maker, sampling_params
 from airl_fast.models.adapters import is_adapter_directory
-from airl_fast.models.forward import verify_packing
+from airl_fast.models.check import verify_packing
 from airl_fast.overrides import parse_yaml
 from airl_fast.saved import run_config
 from airl_fast.types import Example

@@ -22,7 +22,7 @@ from airl_fast.guided.session import Session
 from airl_fast.judge.judge import Judge, locate_reward, open_judge
 from airl_fast.judge.leakage import training_prompts
 from airl_fast.lab import load_material, sampling_params
-from airl_fast.models.forward import verify_packing
+from airl_fast.models.check import verify_packing
 from airl_fast.models.load import LanguageModel
 from airl_fast.rollout.engine import SamplingParams
 from airl_fast.saved import run_config

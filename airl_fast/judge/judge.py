@@ -23,7 +23,8 @@ from airl_fast.lab import Lab, draws_of, make_maker
 from airl_fast.measures.localise import TokenValues
 from airl_fast.microbatch import TokenBudget, over_tokens
 from airl_fast.models.attention import shares_prompts
-from airl_fast.models.forward import token_logprobs, verify_packing
+from airl_fast.models.check import verify_packing
+from airl_fast.models.forward import token_logprobs
 from airl_fast.models.load import LanguageModel
 from airl_fast.pack import pack
 from airl_fast.saved import run_config
@@ -116,7 +117,7 @@ class Judge:
         Everything is held at once: give a long list in parts.
         """
         reward = self.rewards(traces, examples, step_ends)
-        batch = pack(traces, self.bridge.device)
+        batch = pack(traces, self.bridge.device, regimes=self.policy.regimes)
         logprobs = over_tokens(batch, self._budget(), lambda part: token_logprobs(self.policy, part))
         return Scored(
             traces=tuple(traces),

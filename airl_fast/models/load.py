@@ -14,6 +14,7 @@ from airl_fast.manifest import check_model
 from airl_fast.models.adapters import is_adapter_directory, keep_layout, nf4
 from airl_fast.models.attention import set_packed
 from airl_fast.models.ends import listed_ends
+from airl_fast.models.regimes import Regimes, forget_lengths, regimes_of
 from airl_fast.trust import HOW_TO_TRUST
 
 if TYPE_CHECKING:  # its package is not on every machine that only runs models
@@ -65,6 +66,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
+
+    @property
+    def regimes(self) -> Regimes:
+        """Which lengths it reads with which rotary factors."""
+        return regimes_of(self.model)
 
 
 def check_directory(path: str, key: str) -> Path:
@@ -158,6 +164,7 @@ def load_model(
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}: the weights in {folder} lack {missing}; save the whole model again.")
     set_packed(model)
+    forget_lengths(model)
     keep_layout(model)
     return model if device is None else model.to(device)
 
@@ -188,6 +195,7 @@ def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, attention: 
     attention: the kernel for packed rows, as model.attention names it.
     """
     set_packed(model, attention)
+    forget_lengths(model)
     text = model.config.get_text_config()
     scale = 1.0
     if getattr(text, "logit_scale", None) is not None:  # Cohere multiplies

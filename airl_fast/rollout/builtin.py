@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from airl_fast.models.load import LanguageModel
+from airl_fast.rollout.crossing import decode_by_regime
 from airl_fast.rollout.engine import Sample, SamplingParams
 from airl_fast.rollout.pick import pick
 from airl_fast.rollout.prefill import read_prompts
@@ -81,7 +82,8 @@ def sample(
         if static is not None:
             decoded = static.decode(lm, batch, params, uniform, len(rows[order[-1]]))
         else:
-            decoded = decode(lm, batch, [params.max_new_tokens] * len(chosen), params.ends, draw)
+            limits = [params.max_new_tokens] * len(chosen)
+            decoded = decode_by_regime(decode, lm, batch, limits, params.ends, draw)
         for i, drawn in zip(chosen, decoded, strict=True):
             samples[i] = drawn
     if static is not None:
@@ -97,7 +99,8 @@ def decode(
     draw: Draw,
     stop: Stop | None = None,
 ) -> list[Sample]:
-    """One sample of each prompt, all of them in one batch. limits: the most tokens of each, at least one.
+    """One sample of each prompt, all of them in one batch. limits: the most tokens of each, at least one. For a model
+    with regimes, prompts and samples are of one; `crossing` cuts them so.
 
     A row leaves the batch when it draws one of `ends`, has its limit, or `stop(row, token)` says so of the token it
     has just drawn. draw: see `Draw`.

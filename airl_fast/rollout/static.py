@@ -41,16 +41,9 @@ def why_not_static(lm: LanguageModel) -> str | None:
         return f"{name} has sliding windows"
     if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         return f"{name} routes tokens to experts"
-    moving = _rope_types(config) & {"dynamic", "longrope"}
-    if moving:
-        return f"the rotary positions of {name} ({', '.join(sorted(moving))}) depend on the batch's longest"
+    if lm.regimes:
+        return f"{name} has other rotary factors {lm.regimes}"
     return None
-
-
-def _rope_types(config) -> set[str]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    each = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return {one["rope_type"] for one in each if "rope_type" in one}
 
 
 class Static:

@@ -262,7 +262,7 @@ def test_models_that_fixed_shapes_cannot_serve_say_why():
 
     assert why_not_static(of("mistral", sliding_window=8)) == "MistralForCausalLM has sliding windows"
     dynamic = of("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    assert why_not_static(dynamic) == "the rotary positions of LlamaForCausalLM (dynamic) depend on the batch's longest"
+    assert why_not_static(dynamic) == "LlamaForCausalLM has other rotary factors with every length above 64"
     capped = of("gemma2", head_dim=4, attn_logit_softcapping=50.0)
     assert why_not_static(capped) == "Gemma2ForCausalLM caps its attention scores"
     mixture = of("mixtral", num_local_experts=2)
