@@ -12,6 +12,7 @@ from airl_fast.discriminator import Discriminator
 from airl_fast.errors import UserError
 from airl_fast.microbatch import TokenBudget, micro_batches, over_tokens
 from airl_fast.models import check, forward
+from airl_fast.models.adapters import trainable
 from airl_fast.models.check import verify_packing
 from airl_fast.models.forward import hidden_states, token_logprobs
 from airl_fast.models.heads import make_head
@@ -103,6 +104,20 @@ def test_the_policys_values_and_gradients_are_those_of_each_trace_alone(name, sh
         torch.testing.assert_close(
             parameter.grad / scale, wanted[parameter_name].grad / scale, atol=2e-5, rtol=1e-5, msg=parameter_name
         )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_under_checkpointing_are_the_same(name):
+    """Layers are computed again in the backward pass, when the last pass was of another regime."""
+    found = []
+    for checkpointing in (False, True):
+        lm = model_of(name)
+        lm = wrap(trainable(lm.model, None, base="", seed=0, checkpointing=checkpointing, own=True), None)
+        batch = pack(crossing_traces(LENGTHS), CPU, regimes=lm.regimes)
+        token_logprobs(lm, batch).sum().backward()
+        found.append([p.grad for p in lm.model.parameters() if p.grad is not None])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
