@@ -78,7 +78,9 @@ class AIRLRewardFunction:
         maker = make_maker(self.config, task, start)
         self.model: Discriminator
         self.model, own = load_reward(directory, self.config, maker, start, self.device)
-        self.bridge = bridge_from(self.model, own, start.tokenizer, tokenizer, self.config, _ends(start, tokenizer))
+        self.bridge = bridge_from(
+            self.model, own, start.tokenizer, tokenizer, self.config, ends_of_policy(start, tokenizer)
+        )
 
     # ---- TRL's reward function ----
 
@@ -170,7 +172,7 @@ class AIRLRewardFunction:
         )
 
 
-def _ends(start: LanguageModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+def ends_of_policy(start: LanguageModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
     """What ends a completion besides the template's end of turn: the token that TRL itself stops at, and, of the run's
     own tokenizer, what its policy lists."""
     if tokenizer is None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from airl_fast.errors import UserError
 from airl_fast.models.attention import packed_kernel, sliding_window, why_not_shared
 from airl_fast.models.load import LanguageModel
 from airl_fast.rollout.engine import Sample, SamplingParams
@@ -29,7 +30,8 @@ LOOK = 16  # tokens between two looks at who has ended
 _FEWEST = 8  # rows: below that a step costs what one row does
 _QUARTERS = 4  # attention reads the cache in so many lengths
 _ROUND = 256  # places a cache is rounded up to, so that a slightly longer prompt finds it fitting
-_CACHE, _KEPT = 1 / 4, 1 / 16  # shares of a GPU's memory: the most a cache takes, and the most that outlives a call
+_CACHE, _KEPT = 1 / 4, 1 / 10  # shares of a GPU's memory: the most a cache takes, and the most that outlives a call
+_LOGITS = 6  # float32 copies of the logits that a step holds: log-softmax, its exp, their sums, …
 
 
 def why_not_static(lm: LanguageModel) -> str | None:
@@ -97,8 +99,19 @@ class Static:
         held = self._decoder
         if held is None or made_for != self._made_for or held.rows < rows or held.places < places:
             self.release()
-            self._decoder, self._made_for = Decoder(lm, read, rows, places, params), made_for
+            self._decoder, self._made_for = _decoder(lm, read, rows, places, params), made_for
         return self._decoder
+
+
+def _decoder(lm: LanguageModel, read: Prefill, rows: int, places: int, params: SamplingParams) -> "Decoder":
+    try:
+        return Decoder(lm, read, rows, places, params)
+    except torch.OutOfMemoryError:
+        size = rows * row_bytes(read.cache, places) / 2**30
+        raise UserError(
+            f"rollout.engine=builtin: the cache of {rows} sequences of {places} tokens ({size:.1f} GiB) does not fit "
+            "into the GPU's memory; lower rollout.batch_size."
+        ) from None
 
 
 def _share(device: torch.device, share: float) -> int:
@@ -132,12 +145,8 @@ class Decoder:
         def state(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self._tokens, self._positions, self._first, self._slot = (
-            state(rows, 1),
-            state(rows, 1),
-            state(rows),
-            state(rows),
-        )
+        self._tokens, self._positions = state(rows, 1), state(rows, 1)
+        self._first, self._slot = state(rows), state(rows)
         self._alive, self._lengths, self._step = state(rows, dtype=torch.bool), state(rows), state(1)
         self._drawn, self._logprobs = state(rows * self._limit), state(rows * self._limit, dtype=torch.float32)
         self._uniform, self._used = state(rows * self._limit, dtype=torch.float32), state(1)
@@ -148,7 +157,8 @@ class Decoder:
 
     @property
     def nbytes(self) -> int:
-        return self._cache.nbytes
+        """Of the cache and, about, of what a captured step holds besides."""
+        return self._cache.nbytes + _LOGITS * 4 * self.rows * self.lm.head.weight.shape[0]
 
     def run(self, read: Prefill, source: Sequence[int], uniform: Uniform) -> list[Sample]:
         """A sample of each of `source`, the prompts in `read` by number; at most `rows` of them."""
@@ -247,7 +257,8 @@ class Decoder:
             state[:size] = state[keep]
 
     def _samples(self, count: int) -> list[Sample]:
-        drawn, logprobs, made = self._drawn.tolist(), self._logprobs.tolist(), []
+        used, made = count * self._limit, []
+        drawn, logprobs = self._drawn[:used].tolist(), self._logprobs[:used].tolist()
         for sample, length in enumerate(self._lengths[:count].tolist()):
             own = slice(sample * self._limit, sample * self._limit + length)
             tokens = tuple(drawn[own])

@@ -24,6 +24,7 @@ from airl_fast.export import export
 from airl_fast.guided.records import Problem
 from airl_fast.guided.session import Session
 from airl_fast.guided.tokens import Reweighing
+from airl_fast.integrations.reward import ends_of_policy
 from airl_fast.judge.describe import token_texts
 from airl_fast.judge.judge import open_judge
 from airl_fast.lab import sampling_params
@@ -248,6 +249,16 @@ def test_a_judge_scores_it_as_ended_and_shows_how_it_did(tmp_path):
                   missing=())  # fmt: skip
     shown = [t.get("endToken") for t in token_views([run])[0]["traces"] if t["k"] != "perturbed"]
     assert shown == [None, "<|pad|>"]
+
+
+def test_trl_s_completions_end_with_what_trl_stops_at():
+    """TRL stops at its tokenizer's end of sequence, which need not be what the template writes."""
+    end = FORMATS["chatml"].end_of_turn
+    assert ends_of_policy(language_model(tokenizer=LLAMA_LIKE), BYTE_LEVEL) == {BYTE_LEVEL.eos_token_id} == {OTHER}
+    lm = language_model(vocab_size=len(BYTE_LEVEL), tokenizer=BYTE_LEVEL)
+    lm.model.generation_config.eos_token_id = [end, 5]
+    assert ends_of_policy(lm, BYTE_LEVEL) == {OTHER, end, 5}
+    assert ends_of_policy(lm, None) == set()  # the run's own format knows them
 
 
 # ---- a run ----

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from airl_fast.errors import UserError
 from airl_fast.models.attention import attend_one_token, keep_own_attention
 from airl_fast.models.load import LanguageModel, wrap
 from airl_fast.rollout import static as static_module
@@ -161,11 +162,12 @@ def test_a_large_cache_does_not_outlive_the_call(lm, monkeypatch):
     assert_same(*both(lm, static=kept))
     size = kept._decoder.nbytes
     layers, heads = len(kept._decoder._cache.keys), kept._decoder._cache.keys[0].shape[1]
-    assert size == 2 * layers * 24 * heads * 256 * 4 * 4  # 24 rows of 256 places, heads of 4, float32
-    monkeypatch.setattr(static_module, "_share", lambda device, share: int(share * 16 * (size - 1)))
+    cache = 2 * layers * 24 * heads * 256 * 4 * 4  # 24 rows of 256 places, heads of 4, float32
+    assert size == cache + 24 * 6 * 40 * 4  # and six copies of the logits
+    monkeypatch.setattr(static_module, "_share", lambda device, share: int(share * 10 * (size - 1)))
     assert_same(*both(lm, static=kept))
     assert kept._decoder is None
-    monkeypatch.setattr(static_module, "_share", lambda device, share: int(share * 16 * size))
+    monkeypatch.setattr(static_module, "_share", lambda device, share: round(share * 10 * size))
     assert_same(*both(lm, static=kept))
     assert kept._decoder is not None
 
@@ -173,7 +175,7 @@ def test_a_large_cache_does_not_outlive_the_call(lm, monkeypatch):
 def test_a_cache_that_memory_bounds_takes_the_rows_in_turns(lm, monkeypatch):
     places, cache = 256, read_prompts(lm, [PROMPTS[0]]).cache
     decoder = Decoder(lm, read_prompts(lm, [PROMPTS[0]]), 3, places, LONG)
-    assert decoder.nbytes == 3 * row_bytes(cache, places)
+    assert decoder.nbytes == 3 * (row_bytes(cache, places) + 6 * 40 * 4)
     turns, run = [], Decoder.run
     monkeypatch.setattr(static_module, "_share", lambda device, share: int(share * 4 * 5.5 * row_bytes(cache, places)))
     monkeypatch.setattr(
@@ -183,6 +185,17 @@ def test_a_cache_that_memory_bounds_takes_the_rows_in_turns(lm, monkeypatch):
     )
     assert_same(*both(lm, dataclasses.replace(LONG, temperature=0.0)))
     assert turns == [5, 5, 5, 5, 4]
+
+
+def test_memory_that_does_not_hold_the_cache_is_one_sentence(lm, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(static_module, "StaticKeys", full)
+    with pytest.raises(
+        UserError, match=r"^rollout\.engine=builtin: the cache of 24 sequences of 256 tokens \(0\.0 GiB\)"
+    ):
+        both(lm)
 
 
 # ---- the step itself ----

@@ -91,8 +91,8 @@ def test_bfloat16_has_the_log_probabilities_of_the_plain_loop():
     ]
     print(f"bfloat16, greedy: {same} of {len(shared)} whole samples equal, equal to token {min(shared)} at least")
     assert min(shared) >= 1
-    one = dataclasses.replace(PARAMS, max_new_tokens=2)
-    for a, b in zip(flat(both(lm, one)[0]), flat(both(lm, one)[1]), strict=True):
+    plain, captured = both(lm, dataclasses.replace(PARAMS, max_new_tokens=2))
+    for a, b in zip(flat(plain), flat(captured), strict=True):
         if a.tokens == b.tokens:
             torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=0.1, rtol=0)
 
