@@ -17,7 +17,7 @@ numbers t, with ‖t‖² = Σ t_k²; and however the order is chosen, S_k stays
     E (ŝ - s)² <= u² K (s² + ‖t‖²)
 
 (for random data: Higham and Mary, Sharper Probabilistic Backward Error Analysis for Basic Linear Algebra Kernels with
-Random Data, SIAM J. Sci. Comput. 42(5), 2020). Blocked, unrolled and split sums have shorter chains than K and err less.
+Random Data, SIAM J. Sci. Comput. 42(5), 2020). Blocked, unrolled and split sums have shorter chains and err less.
 
 Independence fails in one way that our sums know: beside a large partial sum S, terms below u|S| are lost, all of them,
 and their errors are the terms. Beside the row of the target that is what becomes of p·W for probabilities p below
