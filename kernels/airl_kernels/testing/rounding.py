@@ -1,34 +1,33 @@
 """Torch whose matrix products err as much as any order of adding their terms may, on every processor alike.
 
 A product's entry is a sum s = Σ t_k of K terms. A library adds them in whatever order its kernel for this shape, this
-processor and this number of threads likes; the order is not ours, and neither may a budget measure it.
+processor and this number of threads likes; the order is not ours, and a budget must not measure it.
 
-Adding in order k = 1..K, each partial sum S_k is rounded: ŝ - s = Σ_k δ_k S_k to first order, |δ_k| <= u = eps / 2
-(Higham, Accuracy and Stability of Numerical Algorithms, 2002, §4.2; with every δ_k = u this is the bound γ_K Σ|t|, 0.9%
-of Σ|t| for a vocabulary of 151,936). Taken as independent with mean 0, as in Higham and Mary (A New Approach to
-Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 41(5), 2019), the errors add up to
+Adding in order k = 1..K, each partial sum S_k is rounded: ŝ - s = Σ δ_k S_k to first order, |δ_k| <= u = eps / 2
+(Higham, Accuracy and Stability of Numerical Algorithms, 2002, §4.2). If every δ_k were u this would reach γ_K Σ|t|: for
+K = 151,936 terms that cancel, three times what one expects of |s|, and no bound to judge by. Taken as independent with
+mean 0, as in Higham and Mary (A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 41(5),
+2019), the errors add up to
 
     E (ŝ - s)² <= u² Σ_k E S_k².
 
 In an order that knows nothing of the terms, k of them drawn without replacement, E S_k² <= (k/K)² s² + ‖t‖² for any
-numbers t, and however the order is chosen S_k stays near ‖t‖ where one term outweighs the rest. So
+numbers t, with ‖t‖² = Σ t_k²; and however the order is chosen, S_k stays near ‖t‖ where one term outweighs the rest. So
 
-    E (ŝ - s)² <= u² K (s² + ‖t‖²),    ‖t‖² = Σ t_k²
+    E (ŝ - s)² <= u² K (s² + ‖t‖²)
 
-which where terms cancel is tighter than u √K Σ|t| by √K; for random data their 2020 paper has it (Sharper Probabilistic
-Backward Error Analysis for Basic Linear Algebra Kernels with Random Data, SIAM J. Sci. Comput. 42(5)). For
-K = 151,936 it is 2e-5 of what the sum is expected to be.
+(for random data: Higham and Mary, Sharper Probabilistic Backward Error Analysis for Basic Linear Algebra Kernels with
+Random Data, SIAM J. Sci. Comput. 42(5), 2020). Blocked, unrolled and split sums have shorter chains and err less.
 
-Independence fails in one way that our sums know: beside a large partial sum S, terms below u|S| are lost, all of
-them, and their errors are the terms. Adding p·W to the row of the target, probabilities below 6e-8 vanish; last to
-first that gives 2.3 u √K ‖t‖ for V = 151,936 (`tests/airl_kernels/test_product_orders.py`). Hence `_LOST` = 3.
+Independence fails in one way that our sums know: beside a large partial sum S, terms below u|S| are lost, all of them,
+and their errors are the terms. Beside the row of the target that is what becomes of p·W for probabilities p below
+6e-8: added last to first, 2.3 u √K ‖t‖ was seen for V = 151,936. Hence `_LOST` = 3.
 
-Inside `WorstProducts` each entry of a float32 or narrower product is the exact one plus a normal number of
+Inside `WorstProducts` each entry of a float32 or narrower product is the exact one plus a normal number of size
 3 u √K (s² + ‖t‖²)^½, so that every later step carries errors on as in a real run. A budget of twice the error found so
-is 2·3·√3 = 10 standard deviations of independent errors (rounding to nearest spreads δ_k within ±u, so that their
-root mean square is at most u/√3) and, by Azuma's inequality for |δ_k| = u, exceeded by one number in 2 exp(18) = 1e8;
-blocked, unrolled and split sums have shorter chains than K and smaller errors. What is left beneath it: a wrong
-constant of 0.1%, a lost row or column, a sum in bfloat16 are above.
+is six times the bound on the root mean square of independent errors: by Azuma's inequality, with partial sums of that
+size and every |δ_k| = u, one number in 3e7 exceeds it (2 exp(-6²/2)), and the root mean square of several less often.
+It is 2e-4 of what one expects of a sum of 151,936 terms that cancel, 2e-6 for 16 terms.
 """
 
 from collections.abc import Callable
