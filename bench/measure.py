@@ -139,7 +139,10 @@ def _prepare(
         run = backend.prepare(case, shape)
         if getattr(backend, "HOLDS_LOGITS", False):
             require_room_for_logits(case, shape, settings.device, settings.dtype)
-        check = yardstick.check(run, full, ours=ours, tolerance=getattr(backend, "TOLERANCE", 0.0))
+        check = yardstick.check(
+            run, full, ours=ours, tolerance=getattr(backend, "TOLERANCE", 0.0),
+            one_shape=getattr(backend, "COMPILES_FOR_A_SHAPE", False),
+        )  # fmt: skip
     except Unsupported as error:
         return problem.absent("skipped", backend, str(error))
     except torch.OutOfMemoryError:

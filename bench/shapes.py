@@ -82,12 +82,6 @@ LISTS: dict[str, tuple[str, ...]] = {
         *("sequences:1024x8192", "sequences:272x300", "sequences:1x1048576"),
         *("logits:4096x151936", "logits:4096x128256", "logits:4096x152064"),
     ),
-    # Fewer, so that each gets its time within the minutes of a visit: `make gpu-check`.
-    "visit": (
-        *("linear:4096x4096x128256", "linear:4096x3584x152064", "linear:4096x896x151665of151936"),
-        *("linear:4096x1536x151936", "head:32768x3584x152064", "head:32768x896x151936"),
-        *("sequences:1024x8192", "sequences:272x300", "logits:4096x151936", "linear:16384x3584x152064"),
-    ),
     "cpu": (
         *("linear:256x128x8192", "head:8192x896x8192"),
         *("sequences:272x300", "sequences:1x100000"),

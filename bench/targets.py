@@ -41,7 +41,7 @@ TARGETS = (
         op="linear_logprob", mode="frozen f+b", percent=80, says="H >= 3584", where=_wide,
         predicted="84-88, 86-90",
     ),
-    Target(op="linear_logprob", mode="no_grad", percent=90, says="H >= 3584", where=_wide),
+    Target(op="linear_logprob", mode="no_grad", percent=90, says="H >= 3584", where=_wide, predicted="at most 92, 95"),
     Target(
         op="linear_ppo_loss", mode="trainable f+b", percent=75, hoped=90,
         predicted="H >= 3584: 78-83, 80-85; H 1536: 74-80, 77-82; H 896: 68-76, 72-79",

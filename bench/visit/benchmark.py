@@ -2,9 +2,9 @@
 
     python -m bench.visit.benchmark --records FILE --stage headline|benchmark --budget-s S [--device cpu]
 
-`headline`: the rows of the goals, ours beside eager torch and the peers that a goal names. `benchmark`: every
-operation at the shapes of the list "visit", beside all peers. A problem that kills the process is left behind by the
-next one.
+`headline`: the rows of the goals, ours beside eager torch and the peers that a goal names. `benchmark`: the goals'
+operations beside all peers, then the others beside all but torch.compile, which takes seconds a problem. A problem
+that kills the process is left behind by the next one.
 """
 
 import argparse
@@ -18,11 +18,13 @@ import torch
 
 from bench.cases import CASES, OPS, Backend
 from bench.measure import Problem, Settings, problems, run_all
-from bench.peers import BACKENDS, airl, airl_torch, liger, liger_scaled, loops, torch_eager
+from bench.peers import BACKENDS, airl, airl_torch, compiled, liger, liger_scaled, loops, torch_eager
 from bench.results import Absent, Row, commit, device_name, versions
 from bench.shapes import load_shapes, parse_shape
 from bench.visit import records as log
 from bench.visit.shards import DEAD, device_is_alive, pending, run_shards
+
+Names = Sequence[tuple[str, str, str]]
 
 # op, mode and shape of every goal, the one that matters most first.
 HEADLINE = (
@@ -36,6 +38,37 @@ HEADLINE = (
     ("linear_ppo_loss", "trainable f+b", "linear:4096x896x151665of151936"),
     ("discriminator_loss", "f+b", "head:32768x896x151936"),
 )
+# Few, so that each gets its seconds with every peer.
+GOALS = (
+    ("linear_logprob", "frozen f+b", "linear:4096x4096x128256"),
+    ("linear_ppo_loss", "trainable f+b", "linear:4096x4096x128256"),
+    ("discriminator_loss", "f+b", "head:32768x3584x152064"),
+    ("selective_log_softmax", "f+b in place", "logits:4096x151936"),
+    ("linear_ppo_loss", "trainable f+b", "linear:4096x896x151665of151936"),
+    ("linear_logprob", "frozen f+b", "linear:16384x3584x152064"),
+    ("linear_logprob", "no_grad", "linear:4096x3584x152064"),
+)
+OTHERS = (
+    ("discounted_returns", "forward", "sequences:1024x8192"),
+    ("linear_ppo_loss", "frozen f+b", "linear:4096x4096x128256"),
+    ("linear_ppo_loss", "trainable f+b", "linear:16384x3584x152064"),
+    ("linear_ppo_loss", "trainable f+b", "linear:4096x1536x151936"),
+    ("linear_logprob", "frozen f+b", "linear:4096x896x151665of151936"),
+    ("discriminator_loss", "f+b", "head:32768x896x151936"),
+    ("linear_logprob", "trainable f+b", "linear:4096x4096x128256"),
+    ("linear_logprob", "no_grad, entropy", "linear:4096x4096x128256"),
+    ("group_advantages", "forward", "sequences:1024x8192"),
+    ("gae", "forward", "sequences:1024x8192"),
+    ("ppo_loss", "f+b", "sequences:1024x8192"),
+    ("discounted_returns", "forward", "sequences:272x300"),
+    ("ppo_loss", "f+b", "sequences:272x300"),
+    ("token_rewards", "forward", "head:32768x3584x152064"),
+    ("discriminator_loss", "index f+b", "head:32768x3584x152064"),
+    ("ppo_loss", "from logits f+b", "logits:4096x151936"),
+    ("selective_log_softmax", "forward", "logits:4096x151936"),
+    ("selective_log_softmax", "f+b", "logits:4096x151936"),
+)
+GOALS_SHARE = 0.7  # of the benchmark's seconds
 TOY_HEADLINE = (
     ("linear_logprob", "frozen f+b", "linear:64x32x500"),
     ("linear_ppo_loss", "trainable f+b", "linear:64x32x490of500"),
@@ -67,25 +100,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(stage: str, records: Path, device: torch.device, budget: float) -> int:
     """Each problem is a case of the stage, failed when ours was wrong or could not run."""
-    toy = device.type == "cpu"
-    by_name = {_name(problem): problem for problem in _problems(stage, toy)}
-    names = pending(tuple(by_name), 0, 1, records, stage)
-    settings = Settings(
-        device=device, device_name=device_name(device), commit=commit(),
-        dtype=torch.float32 if toy else torch.bfloat16, backends=_backends(stage, toy), budget=budget,
-        seconds=0.02 if toy else 0.3 if stage == "headline" else 0.2,
-    )  # fmt: skip
-    log.append(records, stage, "versions", **versions(settings.backends))
-    timer, code = Clock(records, stage), 0
-    for entry in run_all([by_name[name] for name in names], settings, timer.begin):
-        kind = "row" if isinstance(entry, Row) else "absent"
-        log.append(records, stage, kind, **{kind: asdict(entry)})
-        timer.saw(entry)
-        if kind == "absent" and entry.kind == "failed" and not device_is_alive():
-            code = DEAD
-            break
-    timer.end()
-    return code
+    toy, start, timer = device.type == "cpu", time.monotonic(), Clock(records, stage)
+    for names, backends, share in _groups(stage, toy):
+        by_name = {_name(problem): problem for problem in map(_problem, names)}
+        left = budget - (time.monotonic() - start)
+        settings = Settings(
+            device=device, device_name=device_name(device), commit=commit(),
+            dtype=torch.float32 if toy else torch.bfloat16, backends=backends, budget=max(share * left, 1e-3),
+            seconds=0.02 if toy else 0.3 if stage == "headline" else 0.2,
+        )  # fmt: skip
+        log.append(records, stage, "versions", **versions(backends))
+        todo = [by_name[name] for name in pending(tuple(by_name), 0, 1, records, stage)]
+        for entry in run_all(todo, settings, timer.begin):
+            kind = "row" if isinstance(entry, Row) else "absent"
+            log.append(records, stage, kind, **{kind: asdict(entry)})
+            timer.saw(entry)
+            if kind == "absent" and entry.kind == "failed" and not device_is_alive():
+                timer.end()
+                return DEAD
+        timer.end()
+    return 0
 
 
 class Clock:
@@ -125,22 +159,27 @@ def _name(problem: Problem) -> str:
 
 
 def _problems(stage: str, toy: bool) -> list[Problem]:
-    if stage == "benchmark":
-        return problems(load_shapes(TOY if toy else "visit"), OPS)
-    found = []
-    for op, mode, name in TOY_HEADLINE if toy else HEADLINE:
-        shape = parse_shape(name)
-        case = next(c for c in CASES if (c.op, c.mode) == (op, mode) and c.runs_at(shape))
-        found.append(Problem(case=case, shape=shape))
-    return found
+    """All of a stage."""
+    return [_problem(name) for names, _, _ in _groups(stage, toy) for name in names]
 
 
-def _backends(stage: str, toy: bool) -> tuple[Backend, ...]:
+def _problem(name: tuple[str, str, str]) -> Problem:
+    op, mode, shape = *name[:2], parse_shape(name[2])
+    case = next(c for c in CASES if (c.op, c.mode) == (op, mode) and c.runs_at(shape))
+    return Problem(case=case, shape=shape)
+
+
+def _groups(stage: str, toy: bool) -> list[tuple[Names, tuple[Backend, ...], float]]:
+    """Problems, beside whom, and the share that they may take of the seconds left."""
     if toy:  # importing Liger-Kernel takes half a rehearsal's time
-        return (airl, torch_eager, liger_scaled) if stage == "benchmark" else (airl, torch_eager)
+        if stage == "headline":
+            return [(TOY_HEADLINE, (airl, torch_eager), 1.0)]
+        whole = [(p.case.op, p.case.mode, p.shape.name) for p in problems(load_shapes(TOY), OPS)]
+        return [(whole[:3], (airl, torch_eager, liger_scaled), GOALS_SHARE), (whole[3:], (airl, torch_eager), 1.0)]
     if stage == "headline":
-        return (airl, torch_eager, liger_scaled, liger)
-    return tuple(b for b in BACKENDS if b not in (airl_torch, loops))
+        return [(HEADLINE, (airl, torch_eager, liger_scaled, liger), 1.0)]
+    everyone = tuple(b for b in BACKENDS if b not in (airl_torch, loops))
+    return [(GOALS, everyone, GOALS_SHARE), (OTHERS, tuple(b for b in everyone if b is not compiled), 1.0)]
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ python -m bench.visit.profile --records FILE --trace trace.json.gz [--device cpu
 import argparse
 import csv
 import gzip
-import io
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +29,7 @@ from bench.visit.records import append, of, read
 
 STAGE = "profile"
 CALLS, MOST_KERNELS, MOST_TRACE = 3, 20, 15 << 20
+LEAST_COUNTING = 8.0  # with fewer seconds ncu is not begun
 COUNTERS = {
     "gpu__time_duration.sum": "ns",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram %",
@@ -43,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--budget-s", type=float, default=60.0)
     parser.add_argument("--most", type=int, default=2)
     parser.add_argument("--once", nargs=3, metavar=("OP", "MODE", "SHAPE"), help="run one call, for ncu")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device, until = torch.device(options.device), time.monotonic() + options.budget_s
     if options.once:
         _call_of(*options.once, device)()
         synchronize(device)
@@ -58,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _profile(chosen, device, options.records, options.trace)
     if device.type == "cuda" and shutil.which("ncu"):
         for row in chosen:
-            _counters(row, options.records)
+            if until - time.monotonic() > LEAST_COUNTING:
+                _counters(row, options.records, until - time.monotonic())
     return 0
 
 
@@ -124,21 +127,31 @@ def _on_cpu(event) -> bool:
     return event.device_type == torch.autograd.DeviceType.CPU
 
 
-def _counters(row: Row, records: Path) -> None:
+def _counters(row: Row, records: Path, seconds: float) -> None:
     """Of our own kernels, whose names begin with an underscore; the products are cuBLAS's."""
     command = ["ncu", "--clock-control", "none", "--csv", "-k", "regex:^_", "--launch-count", "8"]
     command += ["--metrics", ",".join(COUNTERS), sys.executable, "-m", "bench.visit.profile", "--records", "none"]
-    ran = subprocess.run([*command, "--once", row.op, row.mode, row.shape], capture_output=True, text=True, check=False)
-    lines = [line for line in ran.stdout.splitlines() if line.startswith('"')]
+    command += ["--once", row.op, row.mode, row.shape]
     found: dict[str, dict[str, str]] = {}
-    for entry in csv.DictReader(io.StringIO("\n".join(lines))):
-        kernel = f"{entry.get('ID')} {entry.get('Kernel Name', '')[:60]}"
-        label = COUNTERS.get(entry.get("Metric Name", ""))
-        if label:
-            found.setdefault(kernel, {})[label] = entry.get("Metric Value", "")
-    error = None if found else (ran.stdout + ran.stderr)[-1000:]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        found = counters_in(ran.stdout)
+        error = None if found else (ran.stdout + ran.stderr)[-1000:]
+    except subprocess.TimeoutExpired:
+        error = f"ncu was stopped after {seconds:.0f} s"
     append(records, STAGE, "counters", name=f"{row.op} {row.mode} {row.shape}", kernels=found, error=error)
     print(found or error, flush=True)
+
+
+def counters_in(text: str) -> dict[str, dict[str, str]]:
+    """{launch and kernel: {label: value}} from what `ncu --csv` prints among other lines."""
+    found: dict[str, dict[str, str]] = {}
+    for entry in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
+        label = COUNTERS.get(entry.get("Metric Name") or "")
+        if label:
+            kernel = f"{entry['ID']} {entry['Kernel Name'][:60]}"
+            found.setdefault(kernel, {})[label] = entry["Metric Value"]
+    return found
 
 
 if __name__ == "__main__":

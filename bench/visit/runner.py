@@ -1,15 +1,18 @@
 """Run a stage's command, printing and keeping what it prints; stop it, and all that it started, at its limit."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
+_DRAIN = 2.0  # seconds to read what was printed last
 MOST_LOG = 15 << 20  # bytes of log.txt; what is printed beyond is not kept
 
 
@@ -22,39 +25,40 @@ class Ran:
 
 
 def run(command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]) -> Ran:
-    """From the project's folder, in a process group of its own, which is killed after `limit` seconds."""
-    start = time.monotonic()
+    """From the project's folder, in a process group of its own, which is killed after `limit` seconds.
+
+    Whoever keeps its output open beyond its end, a compiler's workers for example, is not waited for.
+    """
+    start, code = time.monotonic(), None
     process = subprocess.Popen(
         command, cwd=ROOT, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
-    stopped = threading.Event()
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n$ {' '.join(command)}\n")
+        reader = threading.Thread(target=_keep, args=(process.stdout, file), daemon=True)
+        reader.start()
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            _kill(process.pid)  # also what it left running: it must not share the device with the next stage
+        process.wait()
+        reader.join(_DRAIN)
+        file.write("" if code is not None else f"stopped after {limit:.0f} s\n")
+    return Ran(code=code, seconds=time.monotonic() - start)
 
-    def stop() -> None:
-        stopped.set()
-        _kill(process.pid)
 
-    timer = threading.Timer(limit, stop)
-    timer.start()
-    try:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"\n$ {' '.join(command)}\n")
-            for line in process.stdout:
-                if file.tell() < MOST_LOG:
-                    file.write(line)
-                    file.flush()
-                print(line, end="", flush=True)
-            process.wait()
-            if stopped.is_set():
-                file.write(f"stopped after {limit:.0f} s\n")
-    finally:
-        timer.cancel()
-        _kill(process.pid)  # what it left running must not share the device with the next stage
-    return Ran(code=None if stopped.is_set() else process.returncode, seconds=time.monotonic() - start)
+def _keep(output: Iterable[str], file: TextIO) -> None:
+    with contextlib.suppress(ValueError):  # the log was closed, as nobody waits any more
+        for line in output:
+            if file.tell() < MOST_LOG:
+                file.write(line)
+                file.flush()
+            print(line, end="", flush=True)
 
 
 def _kill(group: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return

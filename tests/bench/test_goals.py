@@ -7,9 +7,9 @@ import pytest
 from bench import targets
 from bench.cases import CASES
 from bench.goals import LIGER, PROVED, REFUTED, UNMEASURED, findings, findings_table
-from bench.shapes import load_shapes, parse_shape
+from bench.shapes import load_shapes
 from bench.targets import TARGETS, judge, verdict_table
-from bench.visit.benchmark import HEADLINE, TOY_HEADLINE
+from bench.visit.benchmark import HEADLINE, _problems
 from tests.bench.rows import ROW
 
 
@@ -105,15 +105,17 @@ def test_verdicts_of_rows():
 def test_every_goal_is_measured_in_the_headline_and_by_the_benchmark(target):
     """Names of ops, modes and shapes are those of the benchmark, so that no goal is silently never judged."""
     case = next(case for case in CASES if (case.op, case.mode) == (target.op, target.mode))
-    for name in ("visit", "gpu"):
-        assert any(case.runs_at(shape) and target.where(shape.sizes) for shape in load_shapes(name)), name
-    mine = [parse_shape(shape) for op, mode, shape in HEADLINE if (op, mode) == (target.op, target.mode)]
-    assert any(case.runs_at(shape) and target.where(shape.sizes) for shape in mine)
+    assert any(case.runs_at(shape) and target.where(shape.sizes) for shape in load_shapes("gpu"))
+    for stage in ("headline", "benchmark"):
+        mine = [p.shape for p in _problems(stage, False) if p.case is case]
+        assert any(target.where(shape.sizes) for shape in mine), stage
 
 
-def test_every_headline_row_is_a_case_and_the_trainers_own_vocabulary_is_among_them():
-    for op, mode, name in (*HEADLINE, *TOY_HEADLINE):
-        assert any((c.op, c.mode) == (op, mode) and c.runs_at(parse_shape(name)) for c in CASES)
-    for names in ([name for _, _, name in HEADLINE], [shape.name for shape in load_shapes("visit")]):
-        assert "linear:4096x896x151665of151936" in names
+def test_every_case_is_measured_once_a_shape_and_the_trainers_own_vocabulary_is_among_them():
+    for toy in (False, True):
+        whole = _problems("benchmark", toy)
+        assert {p.case for p in whole} == set(CASES)
+        assert len({(p.case, p.shape) for p in whole}) == len(whole)
+    for stage in ("headline", "benchmark"):
+        assert "linear:4096x896x151665of151936" in {p.shape.name for p in _problems(stage, False)}
     assert targets.sizes_of("linear:4096x896x151665of151936")[:3] == (4096, 896, 151665)

@@ -280,6 +280,23 @@ def test_eager_liger_and_the_compiler_come_before_the_other_peers():
     ]  # fmt: skip
 
 
+def test_what_compiles_for_a_shape_is_verified_at_full_size_alone(monkeypatch):
+    seen = []
+
+    def prepare(case, shape):
+        run = peers.airl.prepare(case, shape)
+        return lambda inputs: seen.append(inputs.hidden.shape[0]) or run(inputs)
+
+    slow = SimpleNamespace(
+        NAME="slow", version=lambda: None, unavailable=lambda device: None, prepare=prepare, COMPILES_FOR_A_SHAPE=True
+    )
+    monkeypatch.setattr(ops, "BACKENDS", (peers.airl, slow))
+    for tokens in (300, 40):  # beyond and below the problem that is compared whole
+        document = ops.measure_ops(shapes=f"head:{tokens}x8x9", ops="token_rewards", device="cpu", seconds=0.01)
+        assert {row.backend for row in document.rows} == {"airl", "slow"} and set(seen) == {tokens}
+        seen.clear()
+
+
 def test_a_problem_that_cannot_be_set_up_is_reported_and_the_next_one_runs(monkeypatch):
     from bench import measure
 

@@ -147,6 +147,20 @@ def test_the_profile_takes_the_ops_furthest_from_their_goal():
     assert profile.furthest([], 2) == []
 
 
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Process Name","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","python3","_stats_kernel","gpu__time_duration.sum","ns","1,234"
+"0","7","python3","_stats_kernel","launch__registers_per_thread","register/thread","80"
+"1","7","python3","_stats_kernel","something_else","","3"
+==PROF== Disconnected
+"""
+
+
+def test_counters_are_read_by_launch():
+    assert profile.counters_in(NCU) == {"0 _stats_kernel": {"ns": "1,234", "registers": "80"}}
+    assert profile.counters_in("==ERROR== The user does not have permission") == {}
+
+
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_every_stage_names_flags_that_its_module_knows(stage, tmp_path, capsys):
     """On a GPU: what is not known is listed, and it is the planted flag alone."""
