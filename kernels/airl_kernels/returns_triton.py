@@ -22,7 +22,9 @@ _MEAN_OF = {"last_token": 0, "all_tokens": 1, "leave_one_out": 2}
 # ---- launchers -------------------------------------------------------------------------------------------------
 
 _LONG_TILE = 1024  # tokens of a tile where tiles run in parallel
-_STAGES = 4  # three tiles of a sequence on their way while one is scanned
+# Tiles of a sequence in shared memory, one of them at work: of one input and its mask, of two and theirs. With eight
+# programs on a multiprocessor that keeps more than 40 KB on their way.
+_STAGES = {False: 5, True: 4}
 
 
 def scan_tile(num_tokens: int, num_sequences: int) -> int:
@@ -67,7 +69,7 @@ def _scan(
             x, second, mask, None, cu_seqlens, None, out, second_out, num_tokens, num_sequences, length,
             gamma, lam, 0.0, 0.0,
             KIND=kind, REVERSE=reverse, MEAN_OF=0, FORGETS=gamma * lam == 0.0,
-            G=tile // 8, BLOCK_S=1, STAGES=_STAGES, num_warps=tile // 256,
+            G=tile // 8, BLOCK_S=1, STAGES=_STAGES[second is not None], num_warps=tile // 256,
         )  # fmt: skip
         return out, second_out
     tiles = triton.cdiv(num_tokens, _LONG_TILE)
@@ -102,7 +104,8 @@ def group_advantages(
     _scan_kernel[(num_sequences,)](
         rewards, None, None, moments, cu_seqlens, group.contiguous(), out, None, num_tokens, num_sequences, 0,
         gamma, 1.0, eps, min_std, KIND=STANDARDISE, REVERSE=True, MEAN_OF=_MEAN_OF[baseline], FORGETS=gamma == 0.0,
-        G=tile // 8, BLOCK_S=min(512, triton.next_power_of_2(num_sequences)), STAGES=_STAGES, num_warps=tile // 256,
+        G=tile // 8, BLOCK_S=min(512, triton.next_power_of_2(num_sequences)), STAGES=_STAGES[False],
+        num_warps=tile // 256,
     )  # fmt: skip
     return out
 

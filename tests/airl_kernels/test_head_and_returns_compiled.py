@@ -46,11 +46,12 @@ def test_returns_move_sixteen_bytes_at_a_time(name):
     assert "st.global.v4.b32" in scan.asm["ptx"]
 
 
-@pytest.mark.parametrize(("arch", "multiprocessors"), [(80, 108), (90, 132)])
-@pytest.mark.parametrize(("op", "bytes_read"), [("discounted_returns", 5), ("gae", 9)])
+@pytest.mark.parametrize(
+    ("op", "bytes_read", "arch", "multiprocessors"),
+    [("discounted_returns", 5, 80, 108), ("discounted_returns", 5, 90, 132), ("gae", 9, 90, 132)],
+)
 def test_a_thousand_padded_sequences_are_one_launch_and_one_wave(op, bytes_read, arch, multiprocessors):
     """No second launch, for offsets or anything; every program resident at once, enough of their tiles under way."""
-    import torch
     from airl_kernels.cross_compile import CHIPS, _resource_usage, compiled_kernels, shipped_launches
     from torch.utils._python_dispatch import TorchDispatchMode
 
