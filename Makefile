@@ -1,6 +1,6 @@
 # make demo   train the embedded example and show what it learned      make test   run the tests
 # make setup  create .venv for both (nothing when it is there)         make lint   ruff
-# make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and pytest
+# make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and numpy
 # make test-browser   run the tests of `airl-fast report` in Chromium, which must be installed
 # make test-vllm   run the tests of the vLLM sampler against the real one, for the CPU, in .venv-vllm
 # make peers  add TRL, Liger-Kernel and cut-cross-entropy, which tests and benchmarks compare with
@@ -72,10 +72,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Without an environment or an installation of the project: the sources are used where they are.
+# Without an environment or an installation of the project: the sources are used where they are, and beside them the
+# packages that `python -m bench.carry` laid out. GPU_CHECK=--rehearse does it on a CPU at toy shapes.
 OUT ?= gpu-check
 gpu-check:
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check $(OUT)
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check $(OUT) $(GPU_CHECK)
 
 # The wheels come from the source distributions, which thereby hold all that is needed, and no stale build folder.
 dist: setup

@@ -95,6 +95,7 @@ def sampling_params(config: Config, chat: ChatFormat, step: int, purpose: str) -
         top_p=config.evaluate.top_p if judged else rollout.top_p,
         max_new_tokens=rollout.max_new_tokens,
         end_token=chat.end_of_turn,
+        other_ends=tuple(sorted(chat.other_ends)),
         seed=draws_of(config, step, purpose).getrandbits(63),
         batch_size=rollout.batch_size,
     )
@@ -140,7 +141,7 @@ def make_start_model(config: Config, task: Task, device: torch.device) -> Langua
 
 def make_maker(config: Config, task: Task, lm: LanguageModel) -> TraceMaker:
     system = config.data.system if config.data.system is not None else task.system
-    chat = ChatFormat.from_tokenizer(lm.tokenizer)
+    chat = ChatFormat.from_tokenizer(lm.tokenizer, lm.ends)
     return TraceMaker(task=task, chat=chat, reward=config.reward, system=system)
 
 
@@ -161,7 +162,7 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         maker=maker,
         policy=policy,
         start=start,
-        engine=Builtin(start if policy is None else policy.lm),
+        engine=Builtin(start if policy is None else policy.lm, graphs=config.rollout.cuda_graphs),
         reward=reward,
         prepare=Beside(device, "prepare"),
     )

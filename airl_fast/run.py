@@ -31,13 +31,17 @@ from airl_fast.overrides import plain
 from airl_fast.preflight import check, what_is_trained
 from airl_fast.progress import Progress
 from airl_fast.rundir import RunDir
+from airl_fast.saved import say_unchecked
 from airl_fast.sft import SftStats
 from airl_fast.state import load_state, save_state
 from airl_fast.train import StepResult, fit
 from airl_fast.warmup import warm_start, warm_up_discriminator
 
 # Keys that do not change what a run computes, so that a resumed run may differ in them.
-CHANGEABLE = ("checkpoint_every", "keep_checkpoints", "save_rollouts_every", "tensorboard", "wandb", "output_dir")
+CHANGEABLE = (
+    *("checkpoint_every", "keep_checkpoints", "save_rollouts_every", "tensorboard", "wandb", "output_dir"),
+    "model.trust_remote_code",  # of each start anew
+)
 
 # What the live display shows of a step, under the names it shows.
 SHOWN = {
@@ -71,6 +75,8 @@ def train_run(
     material = load_material(config, say)
     start_directory = Path(config.output_dir).expanduser() / name / START
     continued = resume != "never" and start_directory.is_dir()
+    if continued:
+        say_unchecked(start_directory.parent)
     model = load_policy(start_directory, config.model, device) if continued else None
     model = model or make_start_model(config, material.task, device)
     check(config, material, model, device)  # what is refused leaves no directory behind
@@ -198,7 +204,7 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
     if step < config.steps:
         _stop_if_asked(guard, f"saved after step {step}; continue with --resume auto")
     if lab.policy is not None:
-        save_policy(lab.policy.lm, run.path / POLICY)
+        save_policy(lab.policy.lm, run.path / POLICY, listed=True)
     if lab.reward is not None:
         tokenizer = lab.reward.bridge.chat or lab.maker.chat
         save_reward(lab.reward.model, tokenizer.tokenizer, run.path / REWARD)

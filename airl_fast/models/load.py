@@ -1,16 +1,23 @@
 """Load a local Hugging Face model directory, and say in one sentence what is wrong with one that does not load."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from airl_fast.config import ModelConfig
 from airl_fast.errors import UserError
+from airl_fast.manifest import check_model
 from airl_fast.models.adapters import is_adapter_directory, keep_layout, nf4
 from airl_fast.models.attention import set_packed
+from airl_fast.models.ends import listed_ends
+from airl_fast.trust import HOW_TO_TRUST
+
+if TYPE_CHECKING:  # its package is not on every machine that only runs models
+    from airl_fast.config import ModelConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")  # Qwen/Qwen2.5-3B-Instruct
 
@@ -51,20 +58,30 @@ class LanguageModel:
         return None if bias is None else bias[: self.num_tokens]
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that the model lists as ends of what it writes; its chat template may write another."""
+        return listed_ends(self.model, self.num_tokens)
+
+    @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
 
 def check_directory(path: str, key: str) -> Path:
-    """Refuse a directory that transformers could only meet with a traceback. `key` names the setting at fault."""
+    """Refuse a directory that transformers could only meet with a traceback, and one of ours that has changed since.
+
+    key: names the setting at fault.
+    """
     folder = Path(path).expanduser().resolve()  # absolute: saved adapters record it
+    check_model(folder)
     if not folder.is_dir():
         if _HUB_NAME.fullmatch(path) and key.endswith(".path"):
             raise UserError(f"set {key}=DIR to a local copy of {path}; nothing is downloaded.")
         raise UserError(f"{key}: no model directory at {path}; give a local Hugging Face directory.")
-    if is_adapter_directory(folder) and not (folder / "config.json").is_file():
+    if is_adapter_directory(folder):  # beside a model, transformers would add it without a word
+        what = "beside its model" if (folder / "config.json").is_file() else "not a model"
         raise UserError(
-            f"{key}: {path} holds a PEFT adapter, not a model; give its base model, or merge the two with "
+            f"{key}: {path} holds a PEFT adapter, {what}; give its base model, or merge the two with "
             "`airl-fast export RUN --format merged`."
         )
     if not (folder / "config.json").is_file():
@@ -72,15 +89,30 @@ def check_directory(path: str, key: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         hint = " (pickled *.bin weights are not read; convert them)" if any(folder.glob("*.bin")) else ""
         raise UserError(f"{key}: {path} has no *.safetensors weights{hint}; save the model as safetensors.")
+    _check_shards(folder / "model.safetensors.index.json", key)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{key}: {path} has no tokenizer.json; save the model's fast tokenizer beside its weights.")
     return folder
+
+
+def _check_shards(index: Path, key: str) -> None:
+    """An index of shards may name any file, a pickle among them, and transformers would read it."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # there is none, or transformers says what is wrong with it
+    for shard in shards:
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
+            raise UserError(
+                f"{key}: {index} names {shard!r}, which is no *.safetensors file beside it; save the model again."
+            )
 
 
 def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its file formats raise
+        _refuse_code(error, folder, key)
         raise UserError(
             f"{key}: the tokenizer in {folder} does not load ({_first_line(error)}); save it again."
         ) from error
@@ -120,6 +152,7 @@ def load_model(
             **quantised,
         )
     except Exception as error:  # as above: a damaged file raises a dozen types
+        _refuse_code(error, folder, key)
         raise UserError(f"{key}: the model in {folder} does not load ({_first_line(error)}); save it again.") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
@@ -129,7 +162,7 @@ def load_model(
     return model if device is None else model.to(device)
 
 
-def load_language_model(config: ModelConfig, device: torch.device, *, key: str = "model.path") -> LanguageModel:
+def load_language_model(config: "ModelConfig", device: torch.device, *, key: str = "model.path") -> LanguageModel:
     folder = check_directory(config.path, key)
     tokenizer = load_tokenizer(folder, key, trust_remote_code=config.trust_remote_code)
     if config.chat_template is not None:
@@ -190,6 +223,14 @@ def _check_logits(lm: LanguageModel, folder: Path, key: str) -> None:
             f"{key}: {folder} holds a {type(lm.model).__name__}, whose logits are not its output layer's alone; "
             "use another architecture, such as Qwen2 or Llama."
         )
+
+
+def _refuse_code(error: Exception, folder: Path, key: str) -> None:
+    """Name the switch where transformers asks for `trust_remote_code`: the directory needs code that it brings."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        raise UserError(
+            f"{key}: {folder} loads by Python code that it brings, which is not run unasked; {HOW_TO_TRUST}."
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from airl_fast.models.load import LanguageModel
-from airl_fast.rollout.builtin import decode, pick
+from airl_fast.rollout.builtin import decode
 from airl_fast.rollout.engine import Sample, SamplingParams
+from airl_fast.rollout.pick import pick
 
 _BLOCK = 64  # uniform numbers drawn ahead
 
@@ -97,7 +98,7 @@ def extend(
             return stop is not None and stop(chosen[row], token)
 
         limits = [start.limit for start in batch]
-        decoded = decode(lm, [start.tokens for start in batch], limits, params.end_token, draw, stops)
+        decoded = decode(lm, [start.tokens for start in batch], limits, params.ends, draw, stops)
         for i, sample in zip(chosen, decoded, strict=True):
             samples[i] = sample
     return samples

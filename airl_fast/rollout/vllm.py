@@ -129,7 +129,7 @@ class VllmEngine:
                 max_tokens=params.max_new_tokens,
                 seed=random.Random(f"{params.seed}/{place}").getrandbits(62),  # sample i of the prompt gets seed + i
                 logprobs=0,  # of the chosen token alone
-                stop_token_ids=[params.end_token],
+                stop_token_ids=sorted(params.ends),
                 ignore_eos=True,
                 detokenize=False,
             )
@@ -258,7 +258,7 @@ def _sample(output, greedy: bool) -> Sample:
 def _options(config: Config, lm: LanguageModel, needs: Needs) -> dict[str, object]:
     options: dict[str, object] = {
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # not the model's own: it would add penalties and a top-k
+        "generation_config": "vllm",  # not the model's own: penalties, a top-k; its ends come with requests
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "max_model_len": needs.longest,

@@ -9,6 +9,7 @@ from airl_kernels.testing import (
     VARIANTS,
     PolicyTokens,
     assert_as_good_as,
+    in_the_worst_order,
     make_policy_tokens,
     make_vocabulary_head,
     peak_bytes,
@@ -52,7 +53,6 @@ def test_error_is_within_twice_that_of_careful_torch(device, dtype, variant, fro
     exact = wide(inputs)
     mapping = {"temperature": 0.8, "softcap": 8.0, "logit_scale": 1.1}
     truth_logprob, truth_entropy = plain_logprob(exact, **mapping)
-    careful_logprob, careful_entropy = plain_logprob(inputs, **mapping)
     # Ratios far from the bounds, so that rounding moves no token across one.
     case = (
         make_policy_tokens(truth_logprob, LENGTHS, dual_clip=3.0)
@@ -62,25 +62,25 @@ def test_error_is_within_twice_that_of_careful_torch(device, dtype, variant, fro
     case.old_logprobs.copy_(
         truth_logprob.detach().float().double() - torch.tensor([0.0, 0.5, -0.5, 1.5, 0.1]).repeat(SIZE // 5)
     )
-    truth = plain_loss(truth_logprob, case, variant, denominator_of(variant))
-    careful = plain_loss(careful_logprob.cpu(), case, variant, denominator_of(variant))
+
+    def composed(leaves):
+        logprob, entropy = (x.cpu() for x in plain_logprob(leaves, **mapping))
+        value = plain_loss(logprob, case, variant, denominator_of(variant))
+        return logprob[live], entropy[live], value, *torch.autograd.grad(2.0 * value, leaves.leaves())
+
+    live = case.mask
+    careful, truth = in_the_worst_order(lambda: composed(inputs)), composed(exact)
     targets = torch.where(case.mask, inputs.targets.cpu(), -100).to(device)
     loss, stats = linear_ppo_loss(
         inputs.hidden, inputs.weight, targets, bias=inputs.bias, variant=variant, chunk_rows=17, compact=compact,
         **with_garbage(case).arguments(torch.float32, device), denominator=denominator_of(variant), **mapping,
     )  # fmt: skip
-    live = case.mask
-    assert_as_good_as(
-        stats.token_logprobs.cpu()[live], careful_logprob.cpu()[live], truth_logprob[live], "log-probability"
-    )
-    assert_as_good_as(stats.token_entropy.cpu()[live], careful_entropy.cpu()[live], truth_entropy[live], "entropy")
+    assert_as_good_as(stats.token_logprobs.cpu()[live], careful[0], truth[0], "log-probability")
+    assert_as_good_as(stats.token_entropy.cpu()[live], careful[1], truth[1], "entropy")
     assert stats.entropy.item() == pytest.approx(truth_entropy[live].mean().item(), rel=2e-2)
-    assert_as_good_as(loss.cpu(), careful.float(), truth, "loss", scale=1.0)
-    found, careful, truth = (
-        torch.autograd.grad(2.0 * value, leaves.leaves())
-        for value, leaves in ((loss, inputs), (careful, inputs), (truth, exact))
-    )
-    for name, a, b, c in zip(("hidden", "weight", "bias"), found, careful, truth, strict=False):
+    assert_as_good_as(loss.cpu(), careful[2].float(), truth[2], "loss", scale=1.0)
+    found = torch.autograd.grad(2.0 * loss, inputs.leaves())
+    for name, a, b, c in zip(("hidden", "weight", "bias"), found, careful[3:], truth[3:], strict=False):
         assert a.dtype == dtype
         assert_as_good_as(a, b, c, f"gradient in {name}")
 
@@ -92,17 +92,19 @@ def test_vocabularies_that_fit_no_tile(device, dtype, vocab):
     rows = 2 if INTERPRETED else 5
     inputs = make_vocabulary_head(rows, 16, vocab, dtype=dtype, device=device)
     exact = wide(inputs)
-    truth_logprob, careful_logprob = plain_logprob(exact)[0], plain_logprob(inputs)[0]
+    truth_logprob = plain_logprob(exact)[0].detach()
     case = make_policy_tokens(truth_logprob, (rows,), masked=False)
     case.old_logprobs.copy_(truth_logprob.detach().float().double() - 0.0625)  # exact in fp32, no ratio near a bound
+
+    def composed(leaves):
+        logprob = plain_logprob(leaves)[0]
+        return logprob, *torch.autograd.grad(plain_loss(logprob.cpu(), case, "ppo"), leaves.leaves())
+
     loss, stats = fused(inputs, case, chunk_rows=2)
-    careful, truth = plain_loss(careful_logprob.cpu(), case, "ppo"), plain_loss(truth_logprob, case, "ppo")
-    assert_as_good_as(stats.token_logprobs, careful_logprob, truth_logprob, "log-probability")
-    gradients = [
-        torch.autograd.grad(value, leaves.leaves())
-        for value, leaves in ((loss, inputs), (careful, inputs), (truth, exact))
-    ]
-    for name, a, b, c in zip(("hidden", "weight"), *gradients, strict=True):
+    found = stats.token_logprobs, *torch.autograd.grad(loss, inputs.leaves())
+    careful, truth = in_the_worst_order(lambda: composed(inputs)), composed(exact)
+    assert_as_good_as(found[0], careful[0], truth[0], "log-probability")
+    for name, a, b, c in zip(("hidden", "weight"), found[1:], careful[1:], truth[1:], strict=True):
         # A slope is the exponential of a log-probability, whose last bit is an error of its size.
         scale = truth_logprob.abs().max().item() * c.abs().max().item()
         assert_as_good_as(a, b, c, f"gradient in {name}", scale)
