@@ -136,7 +136,8 @@ def make_start_model(config: Config, task: Task, device: torch.device) -> Langua
     texts = [text for example in examples for text in (example.prompt, example.expert) if text is not None]
     tokenizer = build_tokenizer(texts, config.model.build)
     model = build_model(config.model.build, tokenizer, config.seed)
-    return wrap(model.to(device, getattr(torch, config.model.dtype)), tokenizer)
+    model = model.to(device, getattr(torch, config.model.dtype))
+    return wrap(model, tokenizer, fp32_logits=config.model.fp32_logits)
 
 
 def make_maker(config: Config, task: Task, lm: LanguageModel) -> TraceMaker:

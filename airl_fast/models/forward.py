@@ -59,12 +59,9 @@ def token_logprobs(
     """log π(label) of every completion token, f32 [M]; with `entropy` also that of its distribution, f32 [M]."""
     return linear_logprob(
         hidden_states(lm.backbone, batch),
-        lm.head_weight,
-        batch.labels,
-        bias=lm.head_bias,
+        targets=batch.labels,
         temperature=temperature,
-        softcap=lm.softcap,
-        logit_scale=lm.logit_scale,
         rows=batch.loss_rows,
         entropy=entropy,
+        **lm.projection,
     )

@@ -30,6 +30,7 @@ class LanguageModel:
     model: always the plain model of transformers. Adapters and 4-bit weights are layers inside it, so every forward
     of it is the adapted one, and `name_or_path` is the directory its frozen weights came from.
     num_tokens: ids from here up are padding of the embedding (Qwen2.5 has 271 or 399 of them): no text has them.
+    fp32_logits: keep the logits behind a log-probability in float32, whatever the model's type.
     """
 
     model: torch.nn.Module
@@ -38,6 +39,7 @@ class LanguageModel:
     logit_scale: float
     max_length: int
     num_tokens: int
+    fp32_logits: bool = False
 
     @property
     def backbone(self) -> torch.nn.Module:
@@ -50,13 +52,21 @@ class LanguageModel:
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[num_tokens, H]: the rows of the output layer that can be sampled, a view."""
+        """[num_tokens, H]: the rows of the output layer that can be sampled, a view, for counting. The backward pass
+        of a slice fills and copies a whole [V, H]: ops take `projection`."""
         return self.head.weight[: self.num_tokens]
 
     @property
-    def head_bias(self) -> torch.Tensor | None:
-        bias = getattr(self.head, "bias", None)
-        return None if bias is None else bias[: self.num_tokens]
+    def projection(self) -> dict[str, object]:
+        """The output layer as the ops of airl_kernels take it, by keyword."""
+        return {
+            "weight": self.head.weight,
+            "bias": getattr(self.head, "bias", None),
+            "num_tokens": self.num_tokens,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "fp32_logits": self.fp32_logits,
+        }
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -184,15 +194,17 @@ def load_language_model(config: "ModelConfig", device: torch.device, *, key: str
         quantise=config.quantise,
         device=device,
     )
-    lm = wrap(model, tokenizer, config.attention)
+    lm = wrap(model, tokenizer, config.attention, config.fp32_logits)
     _check_logits(lm, folder, key)
     return lm
 
 
-def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str = "auto") -> LanguageModel:
+def wrap(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str = "auto", fp32_logits: bool = False
+) -> LanguageModel:
     """Read from the model's config what happens between its last hidden state and its logits.
 
-    attention: the kernel for packed rows, as model.attention names it.
+    attention: the kernel for packed rows, as model.attention names it. fp32_logits: as model.fp32_logits.
     """
     set_packed(model, attention)
     forget_lengths(model)
@@ -212,6 +224,7 @@ def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, attention: 
         logit_scale=scale,
         max_length=int(text.max_position_embeddings),
         num_tokens=min(known, rows),
+        fp32_logits=fp32_logits,
     )
 
 

@@ -19,6 +19,17 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts the inputs of a linear layer on this tensor's device to; None outside autocast.
+
+    Autocast leaves float64 alone, and so does this.
+    """
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def require_plain_weight(name: str, weight: object) -> None:
     """Reject what the kernels cannot read as one dense matrix: modules, DTensors, quantised weights."""
     if not isinstance(weight, Tensor):

@@ -259,13 +259,15 @@ def test_opcheck(bias):
     for entropy, jacobian in ((False, False), (True, False), (False, True)):
         frozen = weight.detach() if jacobian else weight
         offset = None if offsets is None or not jacobian else offsets.detach()
-        torch.library.opcheck(_linear_logprob, (hidden, frozen, targets, offset, mapping, entropy, jacobian, 4))
+        for layout in ((4, 11, False), (4, 9, True)):
+            settings = mapping, entropy, jacobian, *layout
+            torch.library.opcheck(_linear_logprob, (hidden, frozen, targets % 9, offset, *settings))
     detached = hidden.detach(), weight.detach(), targets, None if offsets is None else offsets.detach()
-    logprob, entropy, row_max, log_sum, jac = _linear_logprob(*detached, mapping, True, True, 0)
+    logprob, entropy, row_max, log_sum, jac = _linear_logprob(*detached, mapping, True, True, 0, 11, False)
     for needs in ((True, True, bias), (False, True, False), (True, False, False)):
         torch.library.opcheck(
             _linear_logprob_backward,
-            (logprob, entropy, *detached, row_max, log_sum, entropy, mapping, needs, 4),
+            (logprob, entropy, *detached, row_max, log_sum, entropy, mapping, needs, 4, 11, False),
         )
     torch.library.opcheck(scaled, (jac, logprob, torch.float32))
     torch.library.opcheck(scaled, (jac, logprob.sum(), torch.bfloat16))
