@@ -15,7 +15,7 @@ from tests.airl_kernels.cases import INTERPRETED
 
 def sizes_of(num_rows: int, most: int, vocab: int = 7) -> list[int]:
     hidden, weight = torch.empty(num_rows, 1, device="meta"), torch.empty(vocab, 1, device="meta")
-    parts = chunk_slices(hidden, weight, most)
+    parts = chunk_slices(hidden, weight, most, hidden.dtype.itemsize)
     assert [p.start for p in parts] == [0, *(p.stop for p in parts)][: len(parts)]
     assert (parts[-1].stop if parts else 0) == num_rows
     return [p.stop - p.start for p in parts]
@@ -59,7 +59,7 @@ def test_no_rows_and_the_budget_of_the_device():
     vocab = 151936
     most = _chunking.logits_budget(torch.device("cpu")) // (vocab * 4)
     hidden, weight = torch.empty(most + 1, 1), torch.empty(1, 1).expand(vocab, 1)
-    parts = chunk_slices(hidden, weight, 0)
+    parts = chunk_slices(hidden, weight, 0, hidden.dtype.itemsize)
     assert [p.stop - p.start for p in parts] == [(most + 2) // 2, (most + 1) // 2]  # not most and 1
 
 
