@@ -17,6 +17,7 @@ from bench.results import Row, compare, read_rows
 from bench.shapes import LISTS, load_shapes, parse_shape
 from bench.timing import measure, sets_needed, summarise
 from bench.verify import Yardstick
+from tests.product_orders import ORDERS, products_in_order
 
 CPU = torch.device("cpu")
 TINY = "linear:300x8x50,head:300x16x20,sequences:4x12,sequences:1x40,logits:40x30"
@@ -142,6 +143,58 @@ def test_verification_passes_ours_and_catches_two_percent(case, dtype):
         return replace(right, **{"gradients" if right.gradients else "outputs": changed})
 
     assert not yardstick.check(off, inputs[1], ours=True).passed
+
+
+FAULTS = {
+    "half a percent": lambda t: t * 1.005,
+    "a lost row": lambda t: t.index_fill(0, t.abs().reshape(len(t), -1).sum(1).argmax(), 0.0),  # one that is not masked
+    "a sign": lambda t: -t,
+    "bfloat16": lambda t: t.bfloat16().to(t.dtype),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.family in ("linear", "logits")], ids=lambda c: f"{c.op} {c.mode}"
+)
+def test_verification_catches_what_no_order_of_adding_explains(case, fault):
+    shape = next(shape for shape in load_shapes(TINY) if case.runs_at(shape))
+    yardstick, run = Yardstick(case, shape, torch.float32, CPU), peers.airl.prepare(case, shape)
+
+    def wrong(inputs):
+        right = run(inputs)
+        parts = right.gradients or right.outputs
+        changed = (*parts[:-1], FAULTS[fault](parts[-1]))
+        return replace(right, **{"gradients" if right.gradients else "outputs": changed})
+
+    assert not yardstick.check(wrong, make_inputs(case, shape, torch.float32, CPU), ours=True).passed
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", [c for c in CASES if c.family == "linear"], ids=lambda c: f"{c.op} {c.mode}")
+def test_verification_says_the_same_under_every_order_of_a_product(case, order):
+    shape = parse_shape("linear:3x16x9001")  # few rows, many terms
+    expected = Yardstick(case, shape, torch.float32, CPU)
+    with products_in_order(order):
+        yardstick, run = Yardstick(case, shape, torch.float32, CPU), peers.airl.prepare(case, shape)
+        check = yardstick.check(run, make_inputs(case, shape, torch.float32, CPU), ours=True)
+    assert check.passed, check
+    again = expected.check(peers.airl.prepare(case, shape), make_inputs(case, shape, torch.float32, CPU), ours=True)
+    assert again.passed, again
+
+
+def test_verification_catches_a_missing_group_member():
+    case, shape = next(c for c in CASES if c.op == "group_advantages"), parse_shape("sequences:4x12")
+    yardstick, run = Yardstick(case, shape, torch.float32, CPU), peers.airl.prepare(case, shape)
+    inputs = make_inputs(case, shape, torch.float32, CPU)
+
+    def without_the_last(inputs):
+        group = inputs.group.clone()
+        group[-1] += 1
+        return run(replace(inputs, group=group))
+
+    assert yardstick.check(run, inputs, ours=True).passed
+    assert not yardstick.check(without_the_last, inputs, ours=True).passed
 
 
 def test_verification_catches_nan_and_missing_gradients():
