@@ -111,9 +111,9 @@ def _tests(log: _Log, shard: int, shards: int) -> None:
 
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/gpu").glob("test_*_on_gpu.py"))
     flags = ["-c", "tests/gpu/pytest.ini", "--rootdir", ".", "-p", "no:cacheprovider", "--assert=plain", "--tb=short"]
-    with patch("torch.testing.assert_close", lambda *a, **k: None), patch("pytest.raises", _Raises):
-        with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()) as printed:
-            code = pytest.main([*flags, *files], plugins=[Shard])
+    lenient = patch("torch.testing.assert_close", lambda *a, **k: None), patch("pytest.raises", _Raises)
+    with lenient[0], lenient[1], contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = pytest.main([*flags, *files], plugins=[Shard])
     if code not in (0, 1) or not (log.runs or log.broken):
         log.broken.append(f"pytest ended with code {int(code)}: {printed.getvalue().strip()[-300:]}")
 
@@ -134,22 +134,24 @@ def _without_references() -> None:
 
 
 def _smoke(log: _Log) -> None:
+    from airl_fast.models import load
     from bench.visit.smoke import cases
 
-    for name, call in cases("cuda").items():
-        log.case(f"smoke: {name}", call)
+    with contextlib.ExitStack() as stack:
+        for name in filter(lambda name: name.startswith("_check"), dir(load)):  # of a model's numbers, when it loads
+            stack.enter_context(patch.object(load, name, lambda *args, **kwargs: None))
+        for name, call in cases("cuda").items():
+            log.case(f"smoke: {name}", call)
 
 
 def _benchmark(log: _Log, shard: int, shards: int) -> None:
-    """Every case at every shape for GPUs: verified and run as `bench.measure` does it."""
+    """Every problem of the visit's headline and benchmark: verified and run as `bench.measure` does it."""
     import torch
 
-    from bench.cases import OPS
     from bench.inputs import make_inputs
-    from bench.measure import problems
     from bench.peers import airl
-    from bench.shapes import load_shapes
     from bench.verify import Yardstick
+    from bench.visit.benchmark import _problems
 
     device, dtype = torch.device("cuda"), torch.bfloat16
 
@@ -158,8 +160,9 @@ def _benchmark(log: _Log, shard: int, shards: int) -> None:
         Yardstick(problem.case, problem.shape, dtype, device).check(call, full, ours=True)
         call(full)
 
+    todo = dict.fromkeys((*_problems("headline", False), *_problems("benchmark", False)))
     with patch("bench.verify._one_step_at_a_time", lambda case, inputs: _nothing()):
-        for problem in problems(load_shapes("gpu"), OPS)[shard::shards]:
+        for problem in list(todo)[shard::shards]:
             log.case(f"{problem.case.op} {problem.case.mode} {problem.shape.name}", lambda p=problem: run(p))
 
 
@@ -170,15 +173,20 @@ def _nothing():
 
 
 def _updates(log: _Log) -> None:
-    """The updates of a step at a real size, twice: token counts that are multiples of 16, and odd ones."""
+    """The updates of a step at a real size; and at token counts that are odd, for other specialisations of integers."""
     import torch
 
     from bench import updates
+    from bench.visit.updates import DISCRIMINATOR, POLICIES, SHAPE
 
-    for extra in (0, 1):
-        shape = updates.Shape(prompts=2, group=4, completion_tokens=220 + extra)
-        arguments = "qwen2.5-1.5b", "qwen2.5-0.5b", shape, torch.device("cuda"), torch.bfloat16, 700.0, 1
-        log.case(f"updates of {220 + extra} tokens a completion", lambda a=arguments: updates._ours(*a))
+    few = replace(SHAPE, prompts=2, group=4)
+    for shape in (few, replace(few, completion_tokens=few.completion_tokens + 1)):
+        setting = updates.setting_of(
+            shape=shape, discriminator=DISCRIMINATOR, variants=("shared", "packed", "padded"), repeats=1, budget=None,
+            device=torch.device("cuda"),
+        )  # fmt: skip
+        name = f"updates of {shape.completion_tokens} tokens a completion"
+        log.case(name, lambda s=setting: list(updates.measure(POLICIES[:1], s)))
 
 
 _KINDS = {"tests": _tests, "smoke": _smoke, "benchmark": _benchmark, "updates": _updates}

@@ -4,7 +4,8 @@
     python -m bench.precompile --list           which kernels those are, and who launches them first
     python -m bench.precompile --verify         fill, then run the callers again: nothing may be left to compile
 
-The list is recorded from the callers themselves (`callers.py`), or read from an earlier --json of the same sources.
+The list is recorded from the callers themselves (`callers.py`), or read from an earlier --json of the same sources:
+--recorded, else .carry/kernels-sm90.json where it exists.
 Where Triton compiles a C stub for each signature at its first launch, that is made as well. The cache is Triton's own
 (TRITON_CACHE_DIR). A kernel that does not compile is named, and the others go on. Exit code 1 when a kernel does not
 compile, a caller does not run to its end or, with --verify, something was left to compile.
@@ -71,9 +72,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     for name in callers:
         if name not in CALLERS:
             raise BadArgument(f"--callers {name}: give some of {', '.join(CALLERS)}.")
-    known = None if options.recorded is None else read_list(options.recorded)
+    carried = ROOT / ".carry" / f"kernels-sm{options.arch}.json"
+    listed = options.recorded or (carried if carried.exists() and options.callers is None else None)
+    known = None if listed is None else read_list(listed)
     if known is not None and known["sources"] != sources():
-        print(f"{options.recorded} is of other sources; the callers are run instead.", flush=True)
+        print(f"{listed} is of other sources; the callers are run instead.", flush=True)
         known = None
     work = Precompiler(arch=options.arch, jobs=options.jobs, budget=options.budget_s, say=_say)
     outcome = work.run(callers, known, compile_them=not options.list, verify=options.verify)

@@ -106,11 +106,15 @@ def _replacements(arch: int) -> Iterator[tuple[object, str, object]]:
         "set_rng_state": None, "get_rng_state_all": [], "memory_stats": {},
     }  # fmt: skip
     for name, answer in answers.items():
-        yield torch.cuda, name, (lambda answer: lambda *args, **kwargs: answer)(answer)
+        yield torch.cuda, name, _always(answer)
     for name in ("device", "_DeviceGuard", "stream", "graph", "StreamContext", "device_of"):
         yield torch.cuda, name, _Nothing
     for name in ("CUDAGraph", "Event", "Stream"):
         yield torch.cuda, name, _Stream
+
+
+def _always(answer: object) -> Callable[..., object]:
+    return lambda *args, **kwargs: answer
 
 
 class _Nothing(contextlib.nullcontext):
@@ -198,6 +202,13 @@ def _product(tensor: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtyp
     return left.new_empty(left.shape[0], right.shape[1], dtype=dtype) if out is None else out
 
 
+def _flash(query: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, ...]:
+    """Packed attention, whose "meta" implementation asks the driver: output, logsumexp, and the state of no dropout."""
+    state = query.new_empty(2, dtype=torch.uint64)
+    sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+    return torch.empty_like(query), sums, state, query.new_empty(0), query.new_empty(0)
+
+
 def _repeats(repeats: torch.Tensor, *, output_size: int | None = None) -> torch.Tensor:
     return repeats.new_empty(repeats.numel() if output_size is None else output_size, dtype=torch.int64)
 
@@ -212,6 +223,8 @@ _ANSWERS = {
     _aten.nonzero.default: _nonzero,
     _aten.masked_select.default: lambda tensor, mask: tensor.new_empty(-(-mask.numel() // 2)),
     _aten.repeat_interleave.Tensor: _repeats,
+    _aten._flash_attention_forward.default: _flash,
+    _aten._flash_attention_backward.default: lambda grad, q, k, v, *_, **__: tuple(map(torch.empty_like, (q, k, v))),
     _aten.addmm.dtype: _product,
     _aten.addmm.dtype_out: _product,
     _aten.index.Tensor: lambda *args: _index(_aten.index.Tensor, *args),

@@ -26,9 +26,15 @@ class Specialisation:
 
     @property
     def name(self) -> str:
-        """The kernel with what sets this one apart, for people."""
+        """The kernel with what sets this one apart, for people; ":16" marks what is a multiple of 16."""
         given = json.loads(self.data)
-        types = [kind for kind in given["signature"].values() if kind != "constexpr"]
+        marked = zip(given["attrs_keys"], given["attrs_vals"], strict=True)
+        aligned = {key[0] for key, marks in marked if marks}
+        types = [
+            f"{kind}:16" if place in aligned else str(kind)
+            for place, kind in enumerate(given["signature"].values())
+            if kind != "constexpr"
+        ]
         constants = [str(value) for value in given["constant_vals"] if value is not None]
         return f"{self.function}({', '.join(types)}; {', '.join(constants)}) {given['options']['num_warps']} warps"
 
