@@ -1,6 +1,6 @@
 # make demo   train the embedded example and show what it learned      make test   run the tests
 # make setup  create .venv for both (nothing when it is there)         make lint   ruff
-# make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and pytest
+# make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and numpy
 # make gpu-preflight   before a GPU visit, without a GPU: everything that can be known about it (3 GB to download)
 # make test-browser   run the tests of `airl-fast report` in Chromium, which must be installed
 # make test-vllm   run the tests of the vLLM sampler against the real one, for the CPU, in .venv-vllm
@@ -75,10 +75,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Without an environment or an installation of the project: the sources are used where they are.
+# Without an environment or an installation of the project: the sources are used where they are, and beside them the
+# packages that `python -m bench.carry` laid out. GPU_CHECK=--rehearse does it on a CPU at toy shapes.
 OUT ?= gpu-check
 gpu-check:
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check $(OUT)
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check $(OUT) $(GPU_CHECK)
 
 # The GPU machine's Python is 3.12; without one, the Python at hand, which the preflight's table names. JOBS: processes.
 GPU_PYTHON ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12 $(PYTHON); do \

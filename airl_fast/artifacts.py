@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from airl_fast import manifest
 from airl_fast.bridge import Bridge
 from airl_fast.config import Config, ModelConfig
 from airl_fast.data.chat import ChatFormat
@@ -32,6 +33,7 @@ from airl_fast.models.adapters import (
     save_adapter,
     share,
 )
+from airl_fast.models.ends import write_ends
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, check_directory, load_language_model, load_model, load_tokenizer
 from airl_fast.traces import TraceMaker
@@ -42,16 +44,23 @@ START, POLICY, REWARD = "start", "final/policy", "final/discriminator"
 _HEAD_SETTINGS = ("head", "action_rank", "lipschitz")
 
 
-def save_policy(lm: LanguageModel, directory: Path) -> None:
+def save_policy(lm: LanguageModel, directory: Path, *, listed: bool = False) -> None:
+    """listed: with the list of its files by which they are checked when they are read, as a part of a run has it."""
+
     def write(folder: Path) -> None:
         _save_model(lm.model, folder)
         lm.tokenizer.save_pretrained(folder)
+        if lm.tokenizer.chat_template is not None:
+            end_of_turn = ChatFormat.from_tokenizer(lm.tokenizer, lm.ends).end_of_turn
+            write_ends(lm.model, (end_of_turn, *lm.ends), folder)
 
-    write_whole(directory, write)
+    write_whole(directory, write, listed=listed)
 
 
 def load_policy(directory: Path, config: ModelConfig, device: torch.device) -> LanguageModel:
     """A saved policy, frozen weights quantised as `config` says."""
+    if directory.is_symlink():  # whose target knows nothing of the run's list
+        manifest.check_model(directory)
     base = base_directory(directory)
     settings = config.model_copy(update={"path": str(base or directory), "build": None})
     lm = load_language_model(settings, device, key=str(directory))
@@ -68,17 +77,22 @@ def keep_start(lm: LanguageModel, config: Config, directory: Path) -> LanguageMo
             if directory.is_symlink():  # of a start that was cut short
                 directory.unlink()
             directory.symlink_to(Path(lm.model.name_or_path), target_is_directory=True)
+            manifest.write_beside(directory)
         except OSError as error:
             raise UserError(f"{directory} could not be written ({error.strerror}); check the directory.") from None
         return lm
-    save_policy(lm, directory)
+    save_policy(lm, directory, listed=True)
     return load_policy(directory, config.model, lm.device)
 
 
 def base_directory(directory: Path) -> Path | None:
-    """Where the frozen weights of a saved adapter lie; None for a whole model. A run that was moved finds its own."""
+    """Where the frozen weights of a saved adapter lie; None for a whole model. A run that was moved finds its own.
+
+    UserError for an adapter whose files are not as they were written, too.
+    """
     if not is_adapter_directory(directory):
         return None
+    manifest.check_model(directory)
     base = Path(adapter_base(directory, str(directory)))
     for run in directory.resolve().parents[:3]:
         if not base.is_dir() and base.name == START and (run / START).is_dir():
@@ -86,7 +100,7 @@ def base_directory(directory: Path) -> Path | None:
     if not base.is_dir():
         raise UserError(
             f"{directory}: the frozen weights under this adapter are not at {base} any more; put them back, or correct "
-            "base_model_name_or_path in its adapter_config.json."
+            f"base_model_name_or_path in its adapter_config.json and delete its {manifest.MODEL}."
         )
     return base
 
@@ -108,7 +122,7 @@ def save_reward(model: Discriminator, tokenizer, directory: Path) -> None:
         settings = {name: getattr(model.config, name) for name in _HEAD_SETTINGS}
         (folder / "head.json").write_text(json.dumps(settings, indent=1) + "\n")
 
-    write_whole(directory, write)
+    write_whole(directory, write, listed=True)
 
 
 def load_reward(
@@ -137,7 +151,7 @@ def load_reward(
     tokenizer = load_tokenizer(folder, "reward model", trust_remote_code=config.model.trust_remote_code)
     same = tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
     chat = None if same else ChatFormat.from_tokenizer(tokenizer)
-    return model.to(device).requires_grad_(False), Bridge(maker=maker, chat=chat, device=device)
+    return model.to(device).requires_grad_(False), Bridge(maker=maker, chat=chat, device=device, regimes=model.regimes)
 
 
 def _load_backbone(
@@ -165,13 +179,16 @@ def _load_backbone(
     return backbone.eval()
 
 
-def write_whole(directory: Path, write: Callable[[Path], None]) -> None:
-    """Write into a sibling directory and rename, so that a directory that exists is complete."""
+def write_whole(directory: Path, write: Callable[[Path], None], *, listed: bool = False) -> None:
+    """Write into a sibling directory and rename, so that a directory that exists is complete. listed: see
+    `save_policy`."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
+        if listed:
+            manifest.write(temporary, manifest.MODEL)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)
     except (OSError, SafetensorError) as error:

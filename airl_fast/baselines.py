@@ -18,6 +18,7 @@ from airl_fast.config import Config
 from airl_fast.errors import UserError
 from airl_fast.overrides import deep_merge, load_config, plain
 from airl_fast.rundir import write_atomically
+from airl_fast.trust import TRUST
 
 _CHANGES: dict[str, dict] = {
     "sft": {"algorithm": "sft"},
@@ -51,7 +52,19 @@ def baseline_config(config: Config, name: str, run: Path) -> Config:
     tree["warm_start"]["updates"] = 0
     tree["evaluate"] |= {"baselines": [], "every": 0, "final": False}
     tree |= {"output_dir": str(run / "baselines"), "tensorboard": False, "wandb": False}
-    return load_config(Config, tree, [], origin=f"baseline {name} (baseline_overrides.{name})")
+    words = [TRUST] if config.model.trust_remote_code else []
+    return load_config(Config, tree, words, origin=f"baseline {name} (baseline_overrides.{name})")
+
+
+def train_command(file: Path, name: str, *, trusted: bool) -> list[str]:
+    """`airl-fast train FILE` for a process that trains a part of this one's work, which hands on what it trusts.
+
+    Where this process does not import from the working directory (the script airl-fast does not), neither will that.
+    """
+    here = any(Path(path).resolve() == Path.cwd() for path in sys.path)
+    command = [sys.executable, *([] if here else ["-P"]), "-m", "airl_fast"]
+    command += ["train", str(file), "--run-name", name, "--resume", "auto"]
+    return [*command, TRUST] if trusted else command
 
 
 @contextmanager
@@ -108,7 +121,7 @@ class Baselines:
         file = folder / f"{name}.yaml"
         text = yaml.safe_dump(plain(baseline_config(self._config, name, self._run)), sort_keys=False)
         write_atomically(file, text)
-        command = [sys.executable, "-m", "airl_fast", "train", str(file), "--run-name", name, "--resume", "auto"]
+        command = train_command(file, name, trusted=self._config.model.trust_remote_code)
         with self._log(name).open("ab") as log:
             environment = os.environ | {PARENT: str(os.getpid())}
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)

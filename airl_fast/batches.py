@@ -64,8 +64,8 @@ def expert_traces(lab: Lab, prompts: Sequence[Example]) -> list[Trace]:
 
 
 def pack_for_policy(lab: Lab, traces: Sequence[Trace]) -> TraceBatch:
-    share = lab.config.model.share_prompts and shares_prompts(lab.policy.lm.backbone)
-    return pack(traces, lab.policy.lm.device, lab.maker.training_boundaries, share=share)
+    lm, share = lab.policy.lm, lab.config.model.share_prompts and shares_prompts(lab.policy.lm.backbone)
+    return pack(traces, lm.device, lab.maker.training_boundaries, share=share, regimes=lm.regimes)
 
 
 def perturbed_traces(

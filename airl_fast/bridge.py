@@ -8,6 +8,7 @@ import torch
 
 from airl_fast.data.chat import ChatFormat
 from airl_fast.data.spans import concat_span_maps, map_rewards, span_map
+from airl_fast.models.regimes import ONE, Regimes
 from airl_fast.pack import pack
 from airl_fast.traces import TraceMaker
 from airl_fast.types import Example, Trace, TraceBatch
@@ -18,21 +19,24 @@ class Bridge:
     """maker: of the policy's traces. chat: the discriminator's format, None when both share a tokenizer.
 
     Rewards come back to a policy token as the mean over the characters it shares with discriminator tokens, so they
-    keep the scale of log-odds.
+    keep the scale of log-odds. Whichever of its ends a sample has, the discriminator reads the end of turn that its
+    demonstrations have: which one it was would otherwise tell the two apart, and nothing else would be learned.
     """
 
     maker: TraceMaker
     chat: ChatFormat | None
     device: torch.device
     share: bool = True  # compute a prompt once for all traces that continue it
+    regimes: Regimes = ONE  # of what reads the discriminator's batch
 
     def pack(self, traces: Sequence[Trace], examples: Sequence[Example]) -> TraceBatch:
         """The traces as the discriminator reads them. examples: the batch's prompts, indexed by a trace's group."""
         if self.chat is None:
-            return pack(traces, self.device, self.maker.training_boundaries, share=self.share)
+            own = [self._with_own_end(trace) for trace in traces]
+            return pack(own, self.device, self.maker.training_boundaries, share=self.share, regimes=self.regimes)
         maker = replace(self.maker, chat=self.chat)
         own = [self._own(trace, examples) for trace in traces]
-        return pack(own, self.device, maker.training_boundaries, share=self.share)
+        return pack(own, self.device, maker.training_boundaries, share=self.share, regimes=self.regimes)
 
     def to_policy(self, rewards: torch.Tensor, traces: Sequence[Trace], examples: Sequence[Example]) -> torch.Tensor:
         """Rewards of the packed traces, f32 [M'] on the discriminator's tokens -> f32 [M] on the policy's."""
@@ -46,6 +50,10 @@ class Bridge:
         lengths = [len(trace.tokens) for trace in traces]
         joined = concat_span_maps(maps, [len(mine.tokens) for mine in own], lengths)
         return map_rewards(rewards, joined.to(rewards.device), sum(lengths))
+
+    def _with_own_end(self, trace: Trace) -> Trace:
+        tokens = self.maker.chat.with_own_end(trace.tokens)
+        return trace if tokens == trace.tokens else replace(trace, tokens=tokens)
 
     def _own(self, trace: Trace, examples: Sequence[Example]) -> Trace:
         """The trace in the discriminator's tokens, with the text they spell, which a normalising tokenizer changes.

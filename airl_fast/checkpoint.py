@@ -6,7 +6,6 @@ Nothing is pickled. Steps count finished updates, from 1.
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from airl_fast import manifest
 from airl_fast.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -166,11 +166,11 @@ def save(
             (temporary / name).mkdir()
             write(temporary / name)
         _refuse_nonfinite(temporary, final.name, may_be_nonfinite)
-        _write_manifest(temporary, step)
+        manifest.write(temporary, MANIFEST, step=step)
         if final.exists():
             final.rename(directory / f".old_step_{step}")
         temporary.rename(final)
-        _sync(directory)
+        manifest.sync(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(final, error)) from error
     finally:
@@ -179,20 +179,6 @@ def save(
     for old in steps(directory)[:-keep]:
         _delete(directory / f"step_{old}")
     return final
-
-
-def _write_manifest(directory: Path, step: int) -> None:
-    """Flush every file to the disk, then write their sizes and sums, then flush that too."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    entries = {}
-    for path in files:
-        _sync(path)
-        entries[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = directory / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "step": step, "files": entries}, indent=1), encoding="utf-8")
-    _sync(manifest)
-    for path in (*(p for p in directory.rglob("*") if p.is_dir()), directory):
-        _sync(path)
 
 
 def _refuse_nonfinite(directory: Path, name: str, allowed: Collection[str]) -> None:
@@ -226,19 +212,6 @@ def _write_failure(path: Path, error: Exception) -> str:
     return f"{path}: the checkpoint could not be written ({reason}); {good}; {what_to_do} and use --resume auto."
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _delete(path: Path) -> None:
     """Rename first: a deletion cut short must not leave a half-empty `step_N`."""
     doomed = path.with_name(f".old_{path.name.lstrip('.')}")
@@ -268,22 +241,7 @@ def step_of(path: Path) -> int:
 
 def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint, in a few words; None when every file is as it was written."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        step, files = manifest["step"], manifest["files"]
-        for name, entry in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            if _sha256(file) != entry["sha256"]:
-                return f"{name} has changed since it was written"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be used ({type(error).__name__})"
-    return None if step == step_of(path) else f"{MANIFEST} is that of step {step}"
+    return manifest.problem(path, MANIFEST, step=step_of(path))
 
 
 def latest(directory: Path, *, say: Callable[[str], None] = print, required: bool = True) -> Path | None:

@@ -3,9 +3,11 @@
 Defaults follow the paper (arXiv 2510.01857) where it gives a value; what it does not have is off.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from airl_fast.trust import HOW_TO_TRUST
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -56,12 +58,13 @@ class ModelConfig(Section):
     path: str | None = None  # a local Hugging Face directory: config, weights, fast tokenizer
     build: BuildConfig | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    fp32_logits: bool = False  # of the log-probabilities, for a bfloat16 model: exact to 2^-24, thrice the memory
     quantise: Literal["nf4"] | None = None  # bitsandbytes; the frozen weights under the adapters
     lora: LoraConfig | None = None  # None trains every weight
     gradient_checkpointing: bool = False
     attention: Literal["auto", "flash_attn", "torch_flash", "sdpa"] = "auto"
     share_prompts: bool = True  # compute a group's prompt once
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run the Python files of model directories; no file can set it (see Config)
     chat_template: str | None = None  # a Jinja template used when the tokenizer brings none
 
     @model_validator(mode="after")
@@ -184,6 +187,7 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 256
     batch_size: Positive = 2048  # sequences decoded at once
+    cuda_graphs: bool = True  # the builtin engine's steps on a GPU
 
 
 class EvaluateConfig(Section):
@@ -210,6 +214,12 @@ class GrpoConfig(Section):
 
 
 class Config(Section):
+    # Keys that `load_config` takes from the command line alone, with what to say where a file sets them.
+    NEVER_FROM_A_FILE: ClassVar[dict[str, str]] = {
+        "model.trust_remote_code": "it would run Python code that came with a model, which no file can allow; "
+        + HOW_TO_TRUST
+    }
+
     algorithm: Literal["airl", "sft", "grpo", "reward"] = "airl"  # reward: the discriminator alone, without a policy
     seed: Count = 0
     steps: Positive = 500

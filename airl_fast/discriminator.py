@@ -16,6 +16,7 @@ from airl_fast.granularity import reward_tokens
 from airl_fast.microbatch import MicroBatch, TokenBudget, over_micro_batches, over_tokens
 from airl_fast.models.forward import hidden_states, token_logprobs
 from airl_fast.models.load import LanguageModel
+from airl_fast.models.regimes import Regimes, regimes_of
 from airl_fast.optim import Optimiser
 from airl_fast.types import Kind, TraceBatch
 
@@ -58,6 +59,12 @@ class Discriminator(nn.Module):
                 )
             spectral_norm(head, "weight")
             head.eval()  # in training mode every look at the weight, scoring's too, would move its estimate
+
+    @property
+    def regimes(self) -> Regimes:
+        """Of everything that reads its batch: pack with them."""
+        own = regimes_of(self.backbone)
+        return own | self.reference[0].regimes if self.head.needs_reference else own
 
     def update(self, batch: TraceBatch, optimiser: Optimiser) -> DiscriminatorStats:
         """One optimiser step on expert (target 1) against policy and perturbed completions (target 0)."""

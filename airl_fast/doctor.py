@@ -22,6 +22,8 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from airl_fast.processor import libraries, model_name
+
 GIB = 2**30
 Status = Literal["ok", "note", "fail"]
 
@@ -162,6 +164,14 @@ def _import_torch() -> tuple[ModuleType | None, Check]:
 
 
 def _processors(torch: ModuleType | None) -> Iterator[Check]:
+    value = model_name()
+    if torch is not None:
+        value += f"; torch uses {torch.backends.cpu.get_cpu_capability()}"
+    yield Check(section="Machine", name="processor", value=value)
+    if torch is not None:  # with the processor and the threads, they decide in which order a product's terms add up
+        found = libraries(torch.__config__.show())
+        named = ", ".join(f"{name} {version}".strip() for name, version in found.items())
+        yield Check(section="Machine", name="BLAS", value=named or "none that torch names")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     value = f"{usable} usable of {os.cpu_count()}"
     if (quota := cpu_quota()) is not None:

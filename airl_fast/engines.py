@@ -29,7 +29,10 @@ def engine_of(lab: Lab, run: Path, split: str | None) -> Iterator[Lab]:
     config = lab.config
     samples = config.algorithm != "sft" or config.evaluate.every > 0 or split is not None
     if config.rollout.engine == "builtin" or not samples:
-        yield lab
+        try:
+            yield lab
+        finally:
+            lab.engine.close()
         return
     prompts = [*lab.material.train, *lab.material.dev, *(held_out(lab, split) if split else ())]
     with _vllm(config, lab.start, lab.maker, prompts, lab.material.train, run) as engine:
@@ -51,7 +54,11 @@ def engine_for(
     directory holds the engine's scratch.
     """
     if config.rollout.engine == "builtin":
-        yield Builtin(lm)
+        engine = Builtin(lm, graphs=config.rollout.cuda_graphs)
+        try:
+            yield engine
+        finally:
+            engine.close()
         return
     with _vllm(config, lm, maker, prompts, demonstrations, run) as engine:
         yield engine

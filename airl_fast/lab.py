@@ -16,7 +16,7 @@ from airl_fast.errors import UserError
 from airl_fast.models.adapters import trainable
 from airl_fast.models.attention import shares_prompts
 from airl_fast.models.build import build_model, build_tokenizer
-from airl_fast.models.forward import verify_packing
+from airl_fast.models.check import verify_packing
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, load_language_model, wrap
 from airl_fast.optim import Optimiser, make_optimiser
@@ -95,6 +95,7 @@ def sampling_params(config: Config, chat: ChatFormat, step: int, purpose: str) -
         top_p=config.evaluate.top_p if judged else rollout.top_p,
         max_new_tokens=rollout.max_new_tokens,
         end_token=chat.end_of_turn,
+        other_ends=tuple(sorted(chat.other_ends)),
         seed=draws_of(config, step, purpose).getrandbits(63),
         batch_size=rollout.batch_size,
     )
@@ -135,12 +136,13 @@ def make_start_model(config: Config, task: Task, device: torch.device) -> Langua
     texts = [text for example in examples for text in (example.prompt, example.expert) if text is not None]
     tokenizer = build_tokenizer(texts, config.model.build)
     model = build_model(config.model.build, tokenizer, config.seed)
-    return wrap(model.to(device, getattr(torch, config.model.dtype)), tokenizer)
+    model = model.to(device, getattr(torch, config.model.dtype))
+    return wrap(model, tokenizer, fp32_logits=config.model.fp32_logits)
 
 
 def make_maker(config: Config, task: Task, lm: LanguageModel) -> TraceMaker:
     system = config.data.system if config.data.system is not None else task.system
-    chat = ChatFormat.from_tokenizer(lm.tokenizer)
+    chat = ChatFormat.from_tokenizer(lm.tokenizer, lm.ends)
     return TraceMaker(task=task, chat=chat, reward=config.reward, system=system)
 
 
@@ -161,7 +163,7 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         maker=maker,
         policy=policy,
         start=start,
-        engine=Builtin(start if policy is None else policy.lm),
+        engine=Builtin(start if policy is None else policy.lm, graphs=config.rollout.cuda_graphs),
         reward=reward,
         prepare=Beside(device, "prepare"),
     )
@@ -170,7 +172,24 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         train=tuple(fit_context(lab, material.train, "training", say, demonstrations=True)),
         dev=tuple(fit_context(lab, material.dev, "dev", say)),
     )
+    if policy is not None and config.algorithm != "sft" and config.policy.importance_sampling == "none":
+        _refuse_crossing(lab, fitting.train)
     return replace(lab, material=fitting)
+
+
+def _refuse_crossing(lab: Lab, examples: Sequence[Example]) -> None:
+    """UserError where a sample could be drawn with other rotary factors than the trainer reads it with: each token is
+    drawn with those of the length before it, and the trainer reads all of them with those of the whole length."""
+    regimes, new = lab.start.regimes, lab.config.rollout.max_new_tokens
+    for example in examples if regimes else ():
+        prompt = len(lab.maker.prompt_tokens(example))
+        if regimes.of(prompt) != regimes.of(prompt + new):
+            raise UserError(
+                f"model.path: the policy has other rotary factors {regimes}. Training prompt {example.id} has {prompt} "
+                f"and rollout.max_new_tokens={new}: tokens that are drawn before the change would be trained on as if "
+                "drawn after it. Lower rollout.max_new_tokens, or set policy.importance_sampling=token, which corrects "
+                "for the difference."
+            )
 
 
 def make_policy(config: Config, start: LanguageModel) -> Policy:
@@ -226,7 +245,11 @@ def make_reward(config: Config, maker: TraceMaker, start: LanguageModel, device:
         model=model,
         optimiser=make_optimiser(groups, discriminator.optim, updates),
         bridge=Bridge(
-            maker=maker, chat=chat, device=device, share=config.model.share_prompts and shares_prompts(backbone)
+            maker=maker,
+            chat=chat,
+            device=device,
+            regimes=model.regimes,
+            share=config.model.share_prompts and shares_prompts(backbone),
         ),
         learning=Beside(device, "discriminator"),
     )

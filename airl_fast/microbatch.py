@@ -142,16 +142,19 @@ def _prompt_groups(batch: TraceBatch) -> list[list[tuple[int, ...]]]:
 
 def _cut(batch: TraceBatch, families: Sequence[tuple[int, ...]], tokens: int) -> Iterator[_Unit]:
     """One prompt's families in as few units as fit the budget, each with its own copy of the prompt."""
-    prompt = batch.segments.prompts[batch.prompt_of[families[0][0]]]
+    own = batch.prompt_of[families[0][0]]
+    prompt = batch.segments.prompts[own]
 
     def length(family: tuple[int, ...]) -> int:
-        return sum(batch.loss_lengths[s] for s in family)
+        """Its completions, and the prompts of those that have a copy of their own."""
+        copies = {batch.prompt_of[s] for s in family} - {own}
+        return sum(batch.loss_lengths[s] for s in family) + sum(batch.segments.prompts[p] for p in copies)
 
     def unit(members: list[tuple[int, ...]]) -> _Unit:
         sequences = tuple(s for family in members for s in family)
         lengths = [batch.loss_lengths[s] for s in sequences]
         pairs = prompt * prompt / 2 + sum(n * (prompt + n / 2) for n in lengths)
-        rows = prompt + sum(lengths)
+        rows = prompt + sum(map(length, members))
         return _Unit(sequences=sequences, rows=rows, cost=rows + _PAIR_COST * pairs)
 
     members: list[tuple[int, ...]] = []

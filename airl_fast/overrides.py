@@ -150,8 +150,33 @@ def load_config(model_cls: type[Model], source: Mapping[str, Any], overrides: Se
     """A validated `model_cls` from `source` (a file's mapping) with `a.b=v` overrides on top.
 
     origin: what to call the source in messages. Values of overrides are YAML, so `x=1e-4`, `x=[1,2]`, `x=null` and
-    `x=true` are typed; an empty value (`x=`) is empty text. Raises UserError, one sentence, for every mistake.
+    `x=true` are typed; an empty value (`x=`) is empty text. Raises UserError, one sentence, for every mistake, and for
+    a key of `model_cls.NEVER_FROM_A_FILE` that the source sets to something.
     """
+    config = _validated(model_cls, source, overrides, origin)
+    for key, reason in getattr(model_cls, "NEVER_FROM_A_FILE", {}).items():
+        keys = tuple(key.split("."))
+        by_words = _validated(model_cls, _without(source, keys), overrides, origin)
+        if _at(config, keys) != _at(by_words, keys):
+            raise UserError(f"{origin}: '{key}' is set there: {reason}.")
+    return config
+
+
+def _at(config: BaseModel, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        config = getattr(config, key)
+    return config
+
+
+def _without(tree: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """A copy of `tree` that does not have the value at `keys`."""
+    head, *rest = keys
+    if not rest or not isinstance(tree.get(head), Mapping):
+        return {name: value for name, value in tree.items() if name != head or rest}
+    return {**tree, head: _without(tree[head], tuple(rest))}
+
+
+def _validated(model_cls: type[Model], source: Mapping[str, Any], overrides: Sequence[str], origin: str) -> Model:
     tree = deep_merge({}, source)
     words: dict[tuple[str, ...], str] = {}
     for word in overrides:

@@ -5,10 +5,12 @@ Layout happens here and nowhere else: which row predicts which token is decided 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from airl_fast.models.regimes import ONE, Regimes
 from airl_fast.types import Segments, Trace, TraceBatch
 
 
@@ -60,10 +62,12 @@ def pack(
     boundaries: Callable[[Trace], Boundaries] | None = None,
     *,
     share: bool = True,
+    regimes: Regimes = ONE,
 ) -> TraceBatch:
     """`boundaries(trace)` says where a trace's steps and blocks end; without it, nowhere.
 
-    share: traces with equal prompt tokens share one copy of them; otherwise each trace has its own.
+    share: traces with equal prompt tokens share one copy of them; otherwise each trace has its own. regimes: of the
+    models that will read the batch; a copy is shared within one regime.
     """
     distinct: dict[object, int] = {}
     prompts, prompt_of, logprobs, steps, blocks = [], [], [], [], []
@@ -72,7 +76,8 @@ def pack(
             raise ValueError("a trace needs at least one prompt token and one completion token")
         if trace.logprobs is not None and len(trace.logprobs) != len(trace.tokens):
             raise ValueError(f"a trace has {len(trace.logprobs)} log-probabilities for {len(trace.tokens)} tokens")
-        place = distinct.setdefault(trace.prompt_tokens if share else i, len(prompts))
+        regime = regimes.of(len(trace.prompt_tokens) + len(trace.tokens))
+        place = distinct.setdefault((trace.prompt_tokens, regime) if share else i, len(prompts))
         if place == len(prompts):
             prompts.append(trace.prompt_tokens)
         prompt_of.append(place)
@@ -85,21 +90,21 @@ def pack(
     completions = [traces[s].tokens for s in rows.order]
     tokens = np.fromiter((token for part in (*prompts, *completions) for token in part), dtype=np.int64)
     pairs = tuple(-1 if trace.pair is None else trace.pair for trace in traces)
-    on_device = _Transfer(device)
+    move = partial(on_device, device=device)
     return TraceBatch(
-        tokens=on_device(tokens),
-        positions=on_device(rows.positions),
-        loss_rows=on_device(rows.loss_rows),
-        label_rows=on_device(rows.label_rows),
-        labels=on_device(tokens[rows.label_rows]),
-        loss_cu_seqlens=on_device(_cumulative(lengths)),
-        behaviour_logprobs=on_device(np.asarray(logprobs, dtype=np.float32)),
-        step_ends=on_device(np.concatenate(steps) if steps else np.zeros(0, dtype=bool)),
-        block_ends=on_device(np.concatenate(blocks) if blocks else np.zeros(0, dtype=bool)),
-        group=on_device(np.asarray([trace.group for trace in traces], dtype=np.int64)),
-        kind=on_device(np.asarray([int(trace.kind) for trace in traces], dtype=np.int64)),
-        pair=on_device(np.asarray(pairs, dtype=np.int64)),
-        correct=on_device(np.asarray([bool(trace.correct) for trace in traces], dtype=bool)),
+        tokens=move(tokens),
+        positions=move(rows.positions),
+        loss_rows=move(rows.loss_rows),
+        label_rows=move(rows.label_rows),
+        labels=move(tokens[rows.label_rows]),
+        loss_cu_seqlens=move(_cumulative(lengths)),
+        behaviour_logprobs=move(np.asarray(logprobs, dtype=np.float32)),
+        step_ends=move(np.concatenate(steps) if steps else np.zeros(0, dtype=bool)),
+        block_ends=move(np.concatenate(blocks) if blocks else np.zeros(0, dtype=bool)),
+        group=move(np.asarray([trace.group for trace in traces], dtype=np.int64)),
+        kind=move(np.asarray([int(trace.kind) for trace in traces], dtype=np.int64)),
+        pair=move(np.asarray(pairs, dtype=np.int64)),
+        correct=move(np.asarray([bool(trace.correct) for trace in traces], dtype=bool)),
         segments=_segments([len(prompt) for prompt in prompts], prompt_of, lengths, rows),
         prompt_of=tuple(prompt_of),
         kinds=tuple(trace.kind for trace in traces),
@@ -120,31 +125,25 @@ def select(batch: TraceBatch, sequences: Sequence[int]) -> tuple[TraceBatch, tor
     prompts = tuple(batch.segments.prompts[p] for p in old_prompts)
     lengths = tuple(batch.loss_lengths[s] for s in sequences)
     rows = _rows(prompts, prompt_of, lengths)
-    old = _rows(batch.segments.prompts, batch.prompt_of, batch.loss_lengths)
-    row_index = np.concatenate(
-        [
-            _spans(old.prompt_starts[old_prompts], prompts),
-            _spans(old.completion_starts[chosen[rows.order]], np.asarray(lengths)[rows.order]),
-        ]
-    )
+    row_index = rows_of(batch, sequences)
     token_index = _spans(_starts(batch.loss_lengths)[chosen], lengths)
     place = {old: new for new, old in enumerate(sequences)}
     pairs = tuple(place.get(batch.pairs[s], -1) for s in sequences)
-    on_device = _Transfer(batch.tokens.device)
-    kept, kept_rows, kept_tokens = on_device(chosen), on_device(row_index), on_device(token_index)
+    move = partial(on_device, device=batch.tokens.device)
+    kept, kept_rows, kept_tokens = move(chosen), move(row_index), move(token_index)
     part = TraceBatch(
         tokens=batch.tokens[kept_rows],
-        positions=on_device(rows.positions),
-        loss_rows=on_device(rows.loss_rows),
-        label_rows=on_device(rows.label_rows),
+        positions=move(rows.positions),
+        loss_rows=move(rows.loss_rows),
+        label_rows=move(rows.label_rows),
         labels=batch.labels[kept_tokens],
-        loss_cu_seqlens=on_device(_cumulative(lengths)),
+        loss_cu_seqlens=move(_cumulative(lengths)),
         behaviour_logprobs=batch.behaviour_logprobs[kept_tokens],
         step_ends=batch.step_ends[kept_tokens],
         block_ends=batch.block_ends[kept_tokens],
         group=batch.group[kept],
         kind=batch.kind[kept],
-        pair=on_device(np.asarray(pairs, dtype=np.int64)),
+        pair=move(np.asarray(pairs, dtype=np.int64)),
         correct=batch.correct[kept],
         segments=_segments(prompts, prompt_of, lengths, rows),
         prompt_of=prompt_of,
@@ -155,6 +154,20 @@ def select(batch: TraceBatch, sequences: Sequence[int]) -> tuple[TraceBatch, tor
     return part, kept_tokens
 
 
+def rows_of(batch: TraceBatch, sequences: Sequence[int]) -> np.ndarray:
+    """Where the rows of `select`'s batch are among the whole batch's, int64."""
+    old = _rows(batch.segments.prompts, batch.prompt_of, batch.loss_lengths)
+    prompts = list(dict.fromkeys(batch.prompt_of[s] for s in sequences))
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    order = sorted(sequences, key=lambda s: place[batch.prompt_of[s]])
+    return np.concatenate(
+        [
+            _spans(old.prompt_starts[prompts], [batch.segments.prompts[p] for p in prompts]),
+            _spans(old.completion_starts[order], [batch.loss_lengths[s] for s in order]),
+        ]
+    )
+
+
 def _segments(prompts: Sequence[int], prompt_of: Sequence[int], lengths: Sequence[int], rows: _Rows) -> Segments:
     return Segments(
         prompts=tuple(prompts),
@@ -163,17 +176,12 @@ def _segments(prompts: Sequence[int], prompt_of: Sequence[int], lengths: Sequenc
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Transfer:
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Host array to device tensor; on CUDA from pinned memory, so that the host does not wait for the device."""
-
-    device: torch.device
-
-    def __call__(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _flags(indices: Sequence[int], length: int) -> np.ndarray:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 
 import torch
-from airl_kernels import ppo_loss
+from airl_kernels import PolicyStats as LossStats
+from airl_kernels import linear_ppo_loss
 
 from airl_fast.config import PolicyConfig
 from airl_fast.microbatch import MicroBatch, TokenBudget, over_micro_batches, over_tokens
-from airl_fast.models.forward import token_logprobs
+from airl_fast.models.forward import hidden_states, token_logprobs
 from airl_fast.models.load import LanguageModel
 from airl_fast.optim import Optimiser
 from airl_fast.pack import select
@@ -46,34 +47,34 @@ class Policy:
         """`epochs` clipped steps. advantages: f32 [M] on the batch's completion tokens."""
         batch, advantages = self._training_rows(batch, advantages)
         reference = self._reference_logprobs(batch)
-        old = torch.empty_like(batch.behaviour_logprobs)
-        weight = torch.empty_like(old)  # of trainer against sampler, truncated; 1 without a correction
-        entropy = torch.empty_like(old)
-        start, current = old, torch.empty_like(old)
+        corrected = self.config.importance_sampling != "none"
+        start = step = _Tokens(batch)
+        old: dict[str, torch.Tensor] = {}  # what later passes know of the policy before the first
         for epoch in range(self.config.epochs):
-            current = torch.empty_like(old)
-            total = old.new_zeros(())
+            step = _Tokens(batch)
+            total = advantages.new_zeros(())
 
-            def work(part: MicroBatch, epoch=epoch, current=current, total=total) -> None:
+            def work(part: MicroBatch, epoch=epoch, step=step, total=total) -> None:
                 index = part.index
-                logprobs, part_entropy = token_logprobs(self.lm, part.batch, temperature=self.temperature, entropy=True)
-                current[index] = logprobs.detach()
-                if epoch == 0:
-                    entropy[index] = part_entropy.detach()
-                    old[index], weight[index] = self._old_logprobs(part.batch, logprobs.detach())
-                loss, _ = ppo_loss(
-                    logprobs,
-                    old[index],
-                    advantages[index],
+                former = {name: values[index] for name, values in old.items()} or self._first(part.batch)
+                loss, seen = linear_ppo_loss(
+                    hidden_states(self.lm.backbone, part.batch),
+                    targets=part.batch.labels,
+                    rows=part.batch.loss_rows,
+                    advantages=advantages[index],
                     clip_low=self.config.clip_low,
                     clip_high=self.config.clip_high,
                     ref_logprobs=None if reference is None else reference[index],
                     beta=self.config.kl_coef,
-                    is_ratio=None if self.config.importance_sampling == "none" else weight[index],
                     denominator=batch.num_loss_tokens,
+                    temperature=self.temperature,
+                    entropy=epoch == 0,
+                    **former,
+                    **self.lm.projection,
                 )
                 loss.backward()
                 total += loss.detach()
+                step.keep(index, seen)
 
             def restart(total=total) -> None:
                 total.zero_()
@@ -81,28 +82,31 @@ class Policy:
 
             over_micro_batches(batch, self.budget, work, restart)
             if epoch == 0:
-                start = current
+                start = step
+                sampled = batch.behaviour_logprobs
+                old["old_logprobs"] = torch.where(sampled.isnan() | corrected, start["logprobs"], sampled)
+                if corrected:
+                    old["is_ratio"] = start["is_ratio"]
             grad_norm = self.optimiser.step()
-        return self._stats(batch, advantages, old, start, current, entropy, reference, total, grad_norm)
+        return self._stats(batch, start, step, total, grad_norm)
 
-    def _old_logprobs(self, batch: TraceBatch, trainer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """log π_old and the importance weight of every token, f32 [M]; `trainer`: the policy before this update.
+    def _first(self, batch: TraceBatch) -> dict[str, object]:
+        """The old policy of the first pass over a batch, as `linear_ppo_loss` takes it.
 
         π_old is the sampler where it is known to be the trainer's policy. Under truncated importance sampling (Yao
-        et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training") it is the trainer's,
-        and min(π_trainer / π_sampler, ceiling) weighs the loss, a token's own or its sequence's ratio. Demonstrations
-        have no sampler: π_old is the trainer's, their weight 1.
+        et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training") it is the trainer's
+        before this update, and min(π_trainer / π_sampler, ceiling) weighs the loss, a token's own or its sequence's
+        ratio. Demonstrations have no sampler (NaN): π_old is the trainer's, their weight 1.
         """
-        sampled = batch.behaviour_logprobs
-        unsampled = sampled.isnan()
         if self.config.importance_sampling == "none":
-            return torch.where(unsampled, trainer, sampled), torch.ones_like(trainer)
-        log_ratio = torch.where(unsampled, 0.0, trainer - sampled)
-        if self.config.importance_sampling == "sequence":
-            sequence = batch.per_token(torch.arange(batch.num_sequences, device=sampled.device))
-            sums = torch.zeros(batch.num_sequences, device=sampled.device).index_add_(0, sequence, log_ratio)
-            log_ratio = sums[sequence]
-        return trainer, log_ratio.exp().clamp_max(self.config.importance_ceiling)
+            return {"old_logprobs": batch.behaviour_logprobs}
+        return {
+            "old_logprobs": None,
+            "sampler_logprobs": batch.behaviour_logprobs,
+            "is_ceiling": self.config.importance_ceiling,
+            "is_level": self.config.importance_sampling,
+            "cu_seqlens": batch.loss_cu_seqlens,
+        }
 
     def _training_rows(self, batch: TraceBatch, advantages: torch.Tensor) -> tuple[TraceBatch, torch.Tensor]:
         """Leave out perturbed traces, and experts where the configuration says so; weigh the experts."""
@@ -126,20 +130,39 @@ class Policy:
         )
 
     @torch.no_grad()
-    def _stats(self, batch, advantages, old, start, current, entropy, reference, loss, grad_norm) -> PolicyStats:
-        """Over policy tokens, as `ppo_loss` itself counts them."""
+    def _stats(self, batch: TraceBatch, start: "_Tokens", last: "_Tokens", loss, grad_norm) -> PolicyStats:
+        """Means over policy tokens of what the first and the last pass saw."""
         counted = batch.per_token(batch.kind == Kind.POLICY)
-        clip = {"clip_low": self.config.clip_low, "clip_high": self.config.clip_high}
-        _, step = ppo_loss(current, old, advantages, counted, ref_logprobs=reference, **clip)
-        sampled = torch.where(counted, batch.behaviour_logprobs, 0.0)
-        _, mismatch = ppo_loss(start, sampled, advantages, counted)
+        drift = torch.where(counted, start["logprobs"] - batch.behaviour_logprobs, 0.0)
+        mismatch = drift.expm1() - drift
+        rows = torch.stack([last["clipped"], last["approx_kl"], start["entropy"], last["reference_kl"], mismatch])
+        means = (torch.where(counted, rows, 0.0).sum(1) / counted.sum().clamp(min=1)).unbind()
+        clip_fraction, approx_kl, entropy, kl_to_start, mismatch_kl = means
         return PolicyStats(
             loss=loss,
-            clip_fraction=step.clip_fraction,
-            approx_kl=step.approx_kl,
-            entropy=torch.where(counted, entropy, 0.0).sum() / step.num_tokens,
-            kl_to_start=torch.full_like(loss, float("nan")) if reference is None else step.reference_kl,
-            mismatch_kl=mismatch.approx_kl,
-            mismatch_max_ratio=mismatch.token_log_ratio.max().exp(),
+            clip_fraction=clip_fraction,
+            approx_kl=approx_kl,
+            entropy=entropy,
+            kl_to_start=kl_to_start if self.config.kl_coef else torch.full_like(loss, float("nan")),
+            mismatch_kl=mismatch_kl,
+            mismatch_max_ratio=drift.max().exp(),
             grad_norm=grad_norm,
         )
+
+
+class _Tokens:
+    """What one pass over a batch saw of every token, f32 [M] each, by the names of `airl_kernels.PolicyStats`."""
+
+    # Rows of one tensor, so that a micro-batch costs two launches. The entropy comes last: later passes leave it out.
+    NAMES = ("logprobs", "is_ratio", "clipped", "approx_kl", "reference_kl", "entropy")
+
+    def __init__(self, batch: TraceBatch) -> None:
+        self._rows = torch.empty(len(self.NAMES), batch.num_loss_tokens, device=batch.tokens.device)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._rows[self.NAMES.index(name)]
+
+    def keep(self, index: torch.Tensor, seen: LossStats) -> None:
+        found = [getattr(seen, f"token_{name}") for name in self.NAMES]
+        found = torch.stack([values for values in found if values is not None])
+        self._rows[: found.shape[0]].index_copy_(1, index, found)

@@ -27,17 +27,22 @@ from airl_fast.metrics import Metrics
 from airl_fast.models.attention import why_not_shared
 from airl_fast.models.forward import attention_kernel
 from airl_fast.models.load import LanguageModel
+from airl_fast.models.regimes import regimes_of
 from airl_fast.overrides import plain
 from airl_fast.preflight import check, what_is_trained
 from airl_fast.progress import Progress
 from airl_fast.rundir import RunDir
+from airl_fast.saved import say_unchecked
 from airl_fast.sft import SftStats
 from airl_fast.state import load_state, save_state
 from airl_fast.train import StepResult, fit
 from airl_fast.warmup import warm_start, warm_up_discriminator
 
 # Keys that do not change what a run computes, so that a resumed run may differ in them.
-CHANGEABLE = ("checkpoint_every", "keep_checkpoints", "save_rollouts_every", "tensorboard", "wandb", "output_dir")
+CHANGEABLE = (
+    *("checkpoint_every", "keep_checkpoints", "save_rollouts_every", "tensorboard", "wandb", "output_dir"),
+    "model.trust_remote_code",  # of each start anew
+)
 
 # What the live display shows of a step, under the names it shows.
 SHOWN = {
@@ -71,6 +76,8 @@ def train_run(
     material = load_material(config, say)
     start_directory = Path(config.output_dir).expanduser() / name / START
     continued = resume != "never" and start_directory.is_dir()
+    if continued:
+        say_unchecked(start_directory.parent)
     model = load_policy(start_directory, config.model, device) if continued else None
     model = model or make_start_model(config, material.task, device)
     check(config, material, model, device)  # what is refused leaves no directory behind
@@ -121,6 +128,8 @@ def _say_attention(lab: Lab, say: Callable[[str], None]) -> None:
             say(f"{name}: attention by {kernel.name}; each prompt is computed once")
         else:
             say(f"{name}: attention by {kernel.name}; prompts not shared (model.share_prompts)")
+        if regimes := regimes_of(model):
+            say(f"{name}: other rotary factors {regimes}; a pass holds traces of one kind")
 
 
 def _warm_start(
@@ -198,7 +207,7 @@ def _train(lab: Lab, run: RunDir, progress: Progress, guard: SignalGuard) -> Non
     if step < config.steps:
         _stop_if_asked(guard, f"saved after step {step}; continue with --resume auto")
     if lab.policy is not None:
-        save_policy(lab.policy.lm, run.path / POLICY)
+        save_policy(lab.policy.lm, run.path / POLICY, listed=True)
     if lab.reward is not None:
         tokenizer = lab.reward.bridge.chat or lab.maker.chat
         save_reward(lab.reward.model, tokenizer.tokenizer, run.path / REWARD)

@@ -27,6 +27,7 @@ import yaml
 
 from airl_fast import checkpoint
 from airl_fast.errors import UserError
+from airl_fast.processor import processor
 
 SUBDIRECTORIES = ("rollouts", "eval", "checkpoints", "logs")
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes", "vllm")
@@ -191,6 +192,7 @@ def environment(device: str) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "git_commit": git_commit(Path(__file__).parent),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "processor": processor(torch),
         "torch_threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "process": os.getpid(),

@@ -8,6 +8,7 @@ from airl_fast.config import RewardConfig
 from airl_fast.data.chat import ChatFormat
 from airl_fast.data.tags import answer_span
 from airl_fast.data.task import Task
+from airl_fast.errors import UserError
 from airl_fast.pack import Boundaries
 from airl_fast.rollout.engine import Sample
 from airl_fast.types import Example, Kind, Trace
@@ -59,12 +60,16 @@ class TraceMaker:
         """A broken copy of `source`, which stands at `pair` in the list both travel in; None when nothing applies.
 
         propagate: probability that the error is carried through the steps after it. A sample whose text the tokenizer
-        would normalise has no broken copy: its tokens would differ where nothing was broken.
+        would normalise, or whose pieces spell a token that ends traces, has no broken copy: its tokens would differ
+        where nothing was broken.
         """
         change = self.task.perturb(example, source.text, rng, propagate_rate=propagate)
         if change is None:
             return None
-        tokens = tuple(self.chat.completion_tokens(change.text, source.finished))
+        try:
+            tokens = tuple(self.chat.completion_tokens(change.text, source.finished))
+        except UserError:
+            return None
         if self.chat.decode(tokens) != change.text:
             return None
         return replace(

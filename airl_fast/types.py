@@ -37,9 +37,10 @@ class Example:
 class Trace:
     """One completion of one prompt, as token ids of the policy's tokenizer.
 
-    group: index of the prompt within the batch. tokens: completion ids, end-of-turn last when `finished`.
+    group: index of the prompt within the batch. tokens: completion ids, when `finished` the last one ends the turn:
+    the template's end-of-turn token, or in a sample any that the model lists as an end.
     logprobs: the sampler's log-probability of each token (None for experts and perturbed traces).
-    text: the completion without its end-of-turn token.
+    text: the completion without the token that ends it.
     pair: position, in the list the trace travels in, of the trace it was perturbed from (None otherwise).
     first_changed: character offset in `text` of the first perturbed character (None otherwise).
     correct: the verifier's verdict, None when it was not asked.

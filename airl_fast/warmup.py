@@ -34,7 +34,7 @@ def warm_start(config: Config, task: Task, lm: LanguageModel, device: torch.devi
     generator = torch.Generator().manual_seed(config.seed)
     for update in range(1, settings.updates + 1):
         chosen = torch.randint(len(corpus), (settings.batch_size,), generator=generator).tolist()
-        batch = pack([corpus[i] for i in chosen], device)
+        batch = pack([corpus[i] for i in chosen], device, regimes=lm.regimes)
         stats = sft.update(lm, batch, optimiser, budget)
         report(update, settings.updates, stats)
 

@@ -8,6 +8,7 @@ A backend is a module of `bench/peers` with
 and, where they apply,
     HOLDS_LOGITS = True      it makes all [N, V] logits at once, and is skipped where they do not fit
     TOLERANCE                how inexact it is by design (`verify.py`)
+    COMPILES_FOR_A_SHAPE = True     seconds each: it is verified at full size alone
 """
 
 from collections.abc import Callable

@@ -15,6 +15,10 @@ class Parser(argparse.ArgumentParser):
         raise BadArgument(f"{message}; see `{self.prog} --help`.")
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
 def run_command(name: str, command: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None) -> int:
     try:
         return command(arguments)

@@ -102,12 +102,18 @@ class PolicyInputs(Inputs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearInputs(PolicyInputs):
-    """hidden [N, H], weight [V, H]."""
+    """hidden [N, H], weight [V, H] or, with more rows than the vocabulary, [P, H]: `head` is what a loss takes."""
 
     PER_TOKEN: ClassVar = ("hidden", "targets", "old_logprobs", "advantages", "mask", "upstream")
     LEAVES: ClassVar = ("hidden", "weight")
     hidden: Tensor
     weight: Tensor
+    vocabulary: int
+
+    @property
+    def head(self) -> Tensor:
+        """[V, H]: the first rows of the weight, a view; its gradient is one of the whole weight."""
+        return self.weight if self.weight.shape[0] == self.vocabulary else self.weight[: self.vocabulary]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +134,13 @@ def make_inputs(case: "Case", shape: Shape, dtype: torch.dtype, device: torch.de
     if shape.family == "linear":
         width, vocabulary = shape.size("hidden"), shape.size("vocabulary")
         hidden = draw.normal(shape.tokens, width, dtype=dtype).mul_(2.0)
-        weight = draw.normal(vocabulary, width, dtype=dtype).mul_(width**-0.5)
+        weight = draw.normal(shape.padded or vocabulary, width, dtype=dtype).mul_(width**-0.5)
         targets = draw.integers(vocabulary, shape.tokens)
-        logprobs = _logprobs(lambda rows: hidden[rows] @ weight.T, targets, vocabulary)
+        logprobs = _logprobs(lambda rows: hidden[rows] @ weight[:vocabulary].T, targets, vocabulary)
         common = _policy(shape, targets, logprobs, draw)
         hidden.requires_grad_(case.backward)
-        return LinearInputs(hidden=hidden, weight=weight.requires_grad_(case.train_weight), **common)
+        weight.requires_grad_(case.train_weight)
+        return LinearInputs(hidden=hidden, weight=weight, vocabulary=vocabulary, **common)
     vocabulary = shape.size("vocabulary")
     logits = draw.normal(shape.tokens + 1, vocabulary, dtype=dtype).mul_(2.0)[: shape.tokens]
     targets = draw.integers(vocabulary, shape.tokens)

@@ -1,5 +1,6 @@
 """Verify, then time, every case at every shape for every backend; stop adding rows when the time is up."""
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ import torch
 from bench import peers
 from bench.cases import CASES, Backend, Case, Run, Unsupported
 from bench.costs import Cost, cost_of
+from bench.errors import first_line
 from bench.floors import Probe, probe_for
 from bench.inputs import Inputs, make_inputs
 from bench.memory import peak_mib
@@ -84,7 +86,7 @@ def problems(shapes: Sequence[Shape], ops: Sequence[str]) -> list[Problem]:
 
 
 def run_all(todo: Sequence[Problem], settings: Settings, progress: Callable[[str], None]) -> Iterator[Row | Absent]:
-    """Yield rows and what is missing, problem by problem."""
+    """Yield rows and what is missing, problem by problem; a problem that cannot even be set up is one that failed."""
     budget = Budget(settings.budget)
     for number, problem in enumerate(todo):
         name = f"{problem.case.op} {problem.case.mode} {problem.shape.name}"
@@ -93,10 +95,14 @@ def run_all(todo: Sequence[Problem], settings: Settings, progress: Callable[[str
             reason = f"the {settings.budget:g} s of --budget-s were used up."
             yield from (problem.absent("left out", backend, reason) for backend in settings.backends)
             continue
-        yield from _run(problem, settings, budget, budget.deadline(len(todo) - number))
+        try:
+            yield from _run(problem, settings, budget, budget.deadline(len(todo) - number))
+        except (RuntimeError, MemoryError) as error:  # torch's own, running out of memory among them
+            yield problem.absent("failed", peers.airl, f"{type(error).__name__}: {first_line(error)}")
         gc.collect()
         if settings.device.type == "cuda":
-            torch.cuda.empty_cache()  # the next problem's estimate of what fits
+            with contextlib.suppress(RuntimeError):  # of a context that is dead, which the next call will tell
+                torch.cuda.empty_cache()  # the next problem's estimate of what fits
 
 
 def _run(problem: Problem, settings: Settings, budget: Budget, deadline: float | None) -> Iterator[Row | Absent]:
@@ -133,14 +139,16 @@ def _prepare(
         run = backend.prepare(case, shape)
         if getattr(backend, "HOLDS_LOGITS", False):
             require_room_for_logits(case, shape, settings.device, settings.dtype)
-        check = yardstick.check(run, full, ours=ours, tolerance=getattr(backend, "TOLERANCE", 0.0))
+        check = yardstick.check(
+            run, full, ours=ours, tolerance=getattr(backend, "TOLERANCE", 0.0),
+            one_shape=getattr(backend, "COMPILES_FOR_A_SHAPE", False),
+        )  # fmt: skip
     except Unsupported as error:
         return problem.absent("skipped", backend, str(error))
     except torch.OutOfMemoryError:
         return problem.absent("failed" if ours else "skipped", backend, "out of memory.")
     except Exception as error:
-        line = (str(error).strip() or "no message").splitlines()[0]
-        return problem.absent("failed", backend, f"{type(error).__name__}: {line}")
+        return problem.absent("failed", backend, f"{type(error).__name__}: {first_line(error)}")
     if not check.passed:
         reason = f"wrong: {check.what} is off by {check.error:.2g} of its size, allowed are {check.budget:.2g}."
         return problem.absent("failed", backend, reason)

@@ -109,7 +109,9 @@ def check_environment(jobs: int):
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             found = "absent"
-        if found.split("+")[0] != wanted:
+        if found.split("+")[0] != wanted and any(CARRIED.glob(f"{name.replace('-', '_')}-*.dist-info")):
+            notes.append(f"{name} {found} is carried and hides the machine's {wanted}")
+        elif found.split("+")[0] != wanted:
             problems.append(f"{name} is {found}, the machine's list says {wanted}")
     for name in CARRIED_ONLY:
         spec = importlib.util.find_spec(name)
@@ -150,7 +152,10 @@ def check_imports(jobs: int):
 def _peer(backend) -> str | None:
     import torch
 
-    return backend.unavailable(torch.device("cuda"))
+    try:
+        return backend.unavailable(torch.device("cuda"))
+    except Exception as error:  # it asks the GPU
+        return f"cannot be asked without a GPU: {type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def modules() -> list[str]:

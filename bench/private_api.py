@@ -106,6 +106,7 @@ LISTED: tuple[Operator | Thing, ...] = (
     Thing(path="triton.runtime.jit.JITFunction.preload", named=("specialization_data",)),
     Thing(path="triton.runtime.jit.JITFunction.run", named=("grid", "warmup")),
     Thing(path="triton.runtime.driver.driver._active"),
+    Thing(path="triton.compiler.CompiledKernel._init_handles"),
     Thing(path="triton.runtime.cache.triton_key"),
     Thing(path="triton.runtime.build._build", named=("name", "src")),
     Thing(path="triton.runtime.build._load_module_from_path", named=("name", "path")),

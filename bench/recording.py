@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Self
 from unittest.mock import patch
 
-from airl_kernels.cross_compile import AbsentDevice
+from airl_kernels.cross_compile import AbsentDevice, resource_usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +63,13 @@ class Recorder:
             self.caller = before
 
     def hook(self, *, fn, compile, is_manual_warmup, **_: object) -> bool:  # the names are Triton's
-        if is_manual_warmup:
-            return False  # the caller wants to look at the compiled kernel
-        self.launches += 1
         entry = Specialisation(
             module=fn.module, function=fn.name, data=compile["specialization_data"], caller=self.caller
         )
         self.found.setdefault(entry, entry)
+        if is_manual_warmup:
+            return False  # the caller wants to look at the compiled kernel, before it launches it
+        self.launches += 1
         return True
 
 
@@ -117,12 +117,18 @@ def cache_hits() -> Iterator[list[bool]]:
 
 @contextlib.contextmanager
 def absent_device(arch: int) -> Iterator[None]:
-    """Triton compiles for this chip, whatever is in the machine."""
+    """Triton compiles for this chip, whatever is in the machine; a kernel that is asked for its registers knows them
+    from its machine code, and is not loaded."""
+    from triton.compiler import CompiledKernel
     from triton.runtime.driver import driver
+
+    def read_registers(kernel: CompiledKernel) -> None:
+        kernel.n_regs = resource_usage(kernel.asm["cubin"])["REG"]
 
     active = driver._active
     driver.set_active(AbsentDevice(arch))
     try:
-        yield
+        with patch.object(CompiledKernel, "_init_handles", read_registers):
+            yield
     finally:
         driver._active = active

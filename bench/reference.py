@@ -122,11 +122,11 @@ def ppo_loss_from_logits(inputs: LogitInputs) -> Tensor:
 
 
 def linear_logprob(inputs: LinearInputs) -> Tensor:
-    return _pick(_log_softmax(inputs.hidden @ inputs.weight.T), inputs.targets)
+    return _pick(_log_softmax(inputs.hidden @ inputs.head.T), inputs.targets)
 
 
 def linear_logprob_and_entropy(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
-    logp = _log_softmax(inputs.hidden @ inputs.weight.T)
+    logp = _log_softmax(inputs.hidden @ inputs.head.T)
     return _pick(logp, inputs.targets), -(logp.exp() * logp).sum(-1)
 
 

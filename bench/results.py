@@ -1,6 +1,7 @@
 """What a run leaves: rows, and what is missing with its reason. Written as JSON, read again for --compare."""
 
 import json
+import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -139,7 +140,9 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Of this checkout, with "+" when its files differ from it; "unknown" outside git."""
+    """Of this checkout, with "+" when its files differ from it; "unknown" outside git, where AIRL_COMMIT names it."""
+    if given := os.environ.get("AIRL_COMMIT"):
+        return given
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

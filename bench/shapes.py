@@ -1,9 +1,13 @@
-"""Problem sizes, by name. A name says everything: `linear:4096x896x151936` is N=4096 tokens, H=896, V=151936."""
+"""Problem sizes, by name. A name says everything: `linear:4096x896x151936` is N=4096 tokens, H=896, V=151936.
+
+`linear:4096x896x151665of151936` is the head as the trainer takes it: the 151,665 rows that the tokenizer can write,
+sliced out of a weight of 151,936 rows; a gradient of the weight reaches all of them.
+"""
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.errors import BadArgument
@@ -20,14 +24,17 @@ SEQUENCE_LENGTH = 512  # of the sequences that the tokens of a `linear` shape ar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """family: a key of FAMILIES. sizes: one positive number per name there."""
+    """family: a key of FAMILIES. sizes: one positive number per name there. padded: rows of the weight that the
+    vocabulary is sliced out of, None where it is the whole; of a linear shape only."""
 
     family: str
     sizes: tuple[int, ...]
+    padded: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.family}:{'x'.join(map(str, self.sizes))}"
+        padded = "" if self.padded is None else f"of{self.padded}"
+        return f"{self.family}:{'x'.join(map(str, self.sizes))}{padded}"
 
     def size(self, what: str) -> int:
         return self.sizes[FAMILIES[self.family].index(what)]
@@ -50,18 +57,20 @@ class Shape:
         """The same problem with fewer tokens; sequences keep their own number and length."""
         if self.family == "sequences" or self.tokens <= tokens:
             return self
-        return Shape(family=self.family, sizes=(tokens, *self.sizes[1:]))
+        return replace(self, sizes=(tokens, *self.sizes[1:]))
 
 
 def parse_shape(name: str) -> Shape:
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip())
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:of(\d+))?", name.strip())
     family, sizes = (match[1], tuple(int(n) for n in match[2].split("x"))) if match else ("", ())
-    if family not in FAMILIES or len(sizes) != len(FAMILIES[family]) or min(sizes) < 1:
+    padded = int(match[3]) if match and match[3] else None
+    wrong = padded is not None and (family != "linear" or padded < sizes[-1])
+    if family not in FAMILIES or len(sizes) != len(FAMILIES[family]) or min(sizes) < 1 or wrong:
         forms = ", ".join(f"{known}:{'x'.join(parts)}" for known, parts in FAMILIES.items())
         raise BadArgument(
             f"--shapes {name}: give cpu, gpu, a JSON file with a list of names, or names of the form {forms}."
         )
-    return Shape(family=family, sizes=sizes)
+    return Shape(family=family, sizes=sizes, padded=padded)
 
 
 # Ordered by importance: under a time budget the last ones are left out first.

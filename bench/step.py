@@ -22,7 +22,7 @@ from bench.peers._packages import installed
 from bench.report import short, table
 from bench.results import commit, device_name
 from bench.step_flops import gemm_tflops
-from bench.step_setup import Scenario, save_model
+from bench.step_setup import BUILDS, Scenario, save_model
 from bench.step_variants import PHASES, UPDATES, VARIANTS, Measured
 
 
@@ -79,7 +79,8 @@ def _parser() -> Parser:
 
 def add_scenario(parser: Parser) -> None:
     for name, value in asdict(Scenario()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, dest=name)
+        choices = tuple(BUILDS) if name == "size" else None
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, dest=name, choices=choices)
 
 
 def scenario_of(options: Namespace) -> Scenario:

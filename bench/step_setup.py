@@ -17,13 +17,14 @@ from bench.errors import BadArgument
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """prompts: a step's prompts. group: samples of each. Lengths in tokens."""
+    """prompts: a step's prompts. group: samples of each. Lengths in tokens. size: a key of BUILDS."""
 
     prompts: int = 8
     group: int = 16
     prompt_tokens: int = 64
     completion_tokens: int = 64
     seed: int = 0
+    size: str = "tiny"
 
     @property
     def tokens(self) -> int:
@@ -31,18 +32,34 @@ class Scenario:
         return self.prompts * self.group * self.completion_tokens
 
 
-BUILD = {"hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 192, "vocab_size": 384}
+# The vocabulary is the tokenizer's of the task's text, at any size: `bench.updates` has the published ones.
+BUILDS = {
+    "tiny": {"hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 192, "vocab_size": 384},
+    "qwen2.5-0.5b": {
+        "hidden_size": 896,
+        "layers": 24,
+        "heads": 14,
+        "kv_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 384,
+    },
+}
 
 
-def config_of(scenario: Scenario, model: Path, device: str) -> Config:
-    """The tiny preset's model, head and losses; plain AIRL as the paper has it otherwise."""
+def natural_dtype(device: torch.device) -> str:
+    """What a run on this device trains in."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def config_of(scenario: Scenario, model: Path, device: str, dtype: str) -> Config:
+    """The tiny preset's head and losses; plain AIRL as the paper has it otherwise."""
     return Config.model_validate(
         {
             "seed": scenario.seed,
             "steps": 1000,
             "device": device,
             "data": {"task": "arithmetic", "options": {"train_size": 4 * scenario.prompts, "dev_size": 1}},
-            "model": {"path": str(model)},
+            "model": {"path": str(model), "dtype": dtype},
             "discriminator": {"head": "action", "optim": {"learning_rate": 1e-4}},
             "policy": {"optim": {"learning_rate": 1e-4}},
             "rollout": {
@@ -56,10 +73,9 @@ def config_of(scenario: Scenario, model: Path, device: str) -> Config:
 
 
 def save_model(scenario: Scenario, folder: Path) -> None:
-    """A random model of the tiny preset's shape and a tokenizer of the task's text, as a model directory."""
-    build = Config.model_validate(
-        {"model": {"build": BUILD | {"max_length": max(256, scenario.prompt_tokens + scenario.completion_tokens + 1)}}}
-    ).model.build
+    """A random model of the scenario's size and a tokenizer of the task's text, as a model directory."""
+    length = max(256, scenario.prompt_tokens + scenario.completion_tokens + 1)
+    build = Config.model_validate({"model": {"build": BUILDS[scenario.size] | {"max_length": length}}}).model.build
     config = Config.model_validate({"model": {"build": build.model_dump()}, "data": {"task": "arithmetic"}})
     examples = load_material(config).train[:2000]
     tokenizer = build_tokenizer([text for e in examples for text in (e.prompt, e.expert)], build)
@@ -79,7 +95,7 @@ class Endless:
         return self.engine.name
 
     def sample(self, prompts, per_prompt, params):
-        return self.engine.sample(prompts, per_prompt, replace(params, end_token=-1))
+        return self.engine.sample(prompts, per_prompt, replace(params, end_token=-1, other_ends=()))
 
     def push(self, lm, version: str) -> None:
         self.engine.push(lm, version)
@@ -91,8 +107,9 @@ class Endless:
         self.engine.close()
 
 
-def lab_of(scenario: Scenario, model: Path, device: torch.device) -> Lab:
-    config = config_of(scenario, model, str(device))
+def lab_of(scenario: Scenario, model: Path, device: torch.device, dtype: str | None = None) -> Lab:
+    """dtype: of policy and discriminator; None takes the device's."""
+    config = config_of(scenario, model, str(device), dtype or natural_dtype(device))
     material = load_material(config)
     lm = load_language_model(config.model, device)
     lab = make_lab(config, material, lm, device)

@@ -44,7 +44,11 @@ class Measured:
     work: dict[str, float]
 
 
-def ours(scenario: Scenario, model: Path, device: torch.device, steps: int, *, plain: bool) -> Measured:
+def ours(
+    scenario: Scenario, model: Path, device: torch.device, steps: int, *, plain: bool,
+    on_step: Callable[[int, float, dict[str, float]], None] = lambda step, seconds, phases: None,
+) -> Measured:  # fmt: skip
+    """on_step: called after every step, the warm ones too, with its number, seconds and seconds by phase."""
     lab = lab_of(scenario, model, device)
     replay, phases, seconds = Replay(0), [], []
     start = _held_mib(device)
@@ -60,6 +64,7 @@ def ours(scenario: Scenario, model: Path, device: torch.device, steps: int, *, p
             _wait(device)
             seconds.append(time.perf_counter() - began)
             phases.append({name: values.get(f"seconds/{name}", 0.0) for name in PHASES})
+            on_step(step, seconds[-1], phases[-1])
     kernel = attention_kernel(lab.policy.lm.backbone, device)
     attention = "padded, transformers' SDPA" if plain else f"packed, shared prompts, {kernel.name}"
     return Measured(

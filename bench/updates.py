@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,12 +30,12 @@ from airl_fast.optim import make_optimiser
 from airl_fast.pack import pack
 from airl_fast.policy import Policy
 from airl_fast.types import Kind, Trace, TraceBatch
-from bench.errors import BadArgument, Parser, run_command
+from bench.errors import BadArgument, Parser, first_line, run_command
 from bench.padded import padded
 from bench.peers._packages import installed
 from bench.results import commit, device_name
 from bench.step_flops import _passes, forward_flops, gemm_tflops
-from bench.updates_report import render
+from bench.updates_report import updates_table
 
 
 def _shape(hidden: int, intermediate: int, heads: int, layers: int) -> dict[str, int]:
@@ -56,6 +56,9 @@ MODELS = {
 }
 
 
+VARIANTS = ("shared", "trl", "packed", "padded")  # in this order: what a budget leaves out comes last
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Lengths in tokens. One demonstration a prompt joins its `group` samples."""
@@ -68,8 +71,9 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateRow:
-    """seconds: medians of a phase. tokens_per_s: completion tokens of a batch over all phases. peak_mib: of the
-    allocator during the policy's update, None on the CPU. model_flops_utilisation: of the policy's update against the
+    """seconds: medians of a phase. policy_tokens: that the policy's update has a loss on. tokens_per_s: completion
+    tokens of a batch over all phases. peak_mib: of the allocator during the policy's update, None on the CPU; ours
+    holds the discriminator as well. model_flops_utilisation: of the policy's update against the
     product measured in the same run."""
 
     policy: str
@@ -77,10 +81,26 @@ class UpdateRow:
     variant: str
     backend: str
     rows: int
+    policy_tokens: int
     seconds: dict[str, float]
     tokens_per_s: float
     peak_mib: float | None
     model_flops_utilisation: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What to measure and on what. variants: of VARIANTS. budget: seconds after which none is begun, None for no
+    end. rate: TFLOP/s of a large product, measured here."""
+
+    shape: Shape
+    discriminator: str
+    variants: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int
+    budget: float | None
+    rate: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,86 +109,135 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    shape = Shape(**{name: getattr(options, name) for name in Shape.__dataclass_fields__})
-    chosen = [name for name in options.policy.split(",") if name]
-    for name in (*chosen, options.discriminator):
-        if name not in MODELS:
-            raise BadArgument(f"no model {name}; choose from {', '.join(MODELS)}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rate, began, rows = gemm_tflops(device, dtype), time.monotonic(), []
-    for name in chosen:
-        if options.budget_s and time.monotonic() - began > options.budget_s:
-            print(f"{name} left out: the budget of {options.budget_s:g} s is used")
-            continue
-        rows += _ours(name, options.discriminator, shape, device, dtype, rate, options.repeats)
-        gc.collect()
-        if installed("trl") is not None:
-            rows.append(_trl(name, options.discriminator, shape, device, dtype, options.repeats))
-            gc.collect()
-    document = {
-        "device": device_name(device),
-        "versions": {name: installed(name) for name in ("torch", "transformers", "peft", "trl")},
-        "commit": commit(),
-        "shape": asdict(shape),
-        "gemm_tflops": rate,
-        "rows": [asdict(row) for row in rows],
-    }
-    print(render(document))
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    chosen = _known(options.policy, MODELS, "--policy: no model")
+    _known(options.discriminator, MODELS, "--discriminator: no model")
+    setting = setting_of(
+        shape=Shape(**{name: getattr(options, name) for name in Shape.__dataclass_fields__}),
+        discriminator=options.discriminator,
+        variants=_known(options.variants, VARIANTS, "--variants: no variant"),
+        repeats=options.repeats,
+        budget=options.budget_s,
+    )
+    document = header(setting) | {"rows": [], "left_out": []}
+    for entry in measure(chosen, setting):
+        if isinstance(entry, UpdateRow):
+            document["rows"].append(asdict(entry))
+        else:
+            document["left_out"].append(entry)
+            print(entry)
+        if options.json:  # after every row: a run that is stopped leaves what it has
+            options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(updates_table(document))
     return 0
+
+
+def _known(text: str, known: Collection[str], what: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in known:
+            raise BadArgument(f"{what} {name}; choose from {', '.join(known)}.")
+    return names
 
 
 def _parser() -> Parser:
     parser = Parser(prog="bench updates", description=__doc__.split("\n")[0])
     parser.add_argument("--policy", default="qwen2.5-1.5b,qwen2.5-3b")
     parser.add_argument("--discriminator", default="qwen2.5-0.5b")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
     for name, value in asdict(Shape()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, dest=name)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--budget-s", type=float, default=0.0, help="start no further model after so many seconds")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--budget-s", type=float, help="begin no further row after so many seconds")
+    parser.add_argument("--json", type=Path, help="written after every row")
     return parser
 
 
-def _ours(
-    policy: str, discriminator: str, shape: Shape, device: torch.device, dtype: torch.dtype, rate: float, repeats: int
-) -> list[UpdateRow]:
-    optim = OptimConfig(learning_rate=1e-5, tokens_per_micro_batch=16_384)
-    learner = _policy(_adapted(policy, device, dtype, seed=1), optim)
-    judge, judge_optimiser = _discriminator(_adapted(discriminator, device, dtype, seed=2), optim)
-    traces, rows = _traces(shape, MODELS[policy]["vocab_size"]), []
-    for variant in ("shared", "packed", "padded"):
-        batch = pack(traces, device, share=variant != "packed")
-        advantages = torch.randn(batch.num_loss_tokens, device=device)
+def setting_of(
+    *, shape: Shape, discriminator: str, variants: tuple[str, ...], repeats: int, budget: float | None,
+    device: torch.device | None = None,
+) -> Setting:  # fmt: skip
+    """device: None takes a GPU where there is one."""
+    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    return Setting(
+        shape=shape, discriminator=discriminator, variants=variants, device=place, dtype=dtype, repeats=repeats,
+        budget=budget, rate=gemm_tflops(place, dtype),
+    )  # fmt: skip
+
+
+def header(setting: Setting) -> dict[str, object]:
+    return {
+        "device": device_name(setting.device),
+        "versions": {name: installed(name) for name in ("torch", "transformers", "peft", "trl")},
+        "commit": commit(),
+        "shape": asdict(setting.shape),
+        "gemm_tflops": setting.rate,
+    }
+
+
+def measure(policies: Sequence[str], setting: Setting) -> Iterator[UpdateRow | str]:
+    """A row as soon as it is measured, or a sentence on what is left out."""
+    began = time.monotonic()
+    for policy in policies:
+        ours: _Ours | None = None
+        for variant in setting.variants:
+            name = f"{policy} {variant}"
+            if setting.budget is not None and time.monotonic() - began > setting.budget:
+                yield f"{name} left out: the budget of {setting.budget:g} s is used."
+            elif variant != "trl":
+                ours = ours or _Ours(policy, setting)
+                yield ours.row(variant)
+            elif installed("trl") is None:
+                yield f"{name} left out: the package trl is not installed."
+            else:
+                ours = None  # its memory is not TRL's
+                gc.collect()
+                try:
+                    yield _trl(policy, setting)
+                except Exception as error:  # a peer's failure, not ours to mend
+                    yield f"{name} left out: {type(error).__name__}: {first_line(error)}"
+            gc.collect()
+
+
+class _Ours:
+    """A policy and a discriminator with adapters, updated on the same traces in every variant."""
+
+    def __init__(self, policy: str, setting: Setting) -> None:
+        self.policy, self.setting = policy, setting
+        optim = OptimConfig(learning_rate=1e-5, tokens_per_micro_batch=16_384)
+        self.learner = _policy(_adapted(policy, setting.device, setting.dtype, seed=1), optim)
+        judged = _adapted(setting.discriminator, setting.device, setting.dtype, seed=2)
+        self.judge, self.judge_optimiser = _discriminator(judged, optim)
+        self.traces = _traces(setting.shape, MODELS[policy]["vocab_size"])
+        # The mathematics, a prompt once, whatever a variant runs.
+        self.work = _policy_flops(self.learner, pack(self.traces, torch.device("cpu"))) / 1e12
+
+    def row(self, variant: str) -> UpdateRow:
+        setting, judge, learner = self.setting, self.judge, self.learner
+        batch = pack(self.traces, setting.device, share=variant != "packed")
+        advantages = torch.randn(batch.num_loss_tokens, device=setting.device)
         phases: dict[str, Callable[[], object]] = {
-            "discriminator": lambda batch=batch: judge.update(batch, judge_optimiser),
-            "score": lambda batch=batch: judge.score(batch),
-            "policy": lambda batch=batch, advantages=advantages: learner.update(batch, advantages),
+            "discriminator": lambda: judge.update(batch, self.judge_optimiser),
+            "score": lambda: judge.score(batch),
+            "policy": lambda: learner.update(batch, advantages),
         }
+        seconds, peak = {}, None
         with padded() if variant == "padded" else nullcontext():
-            seconds, peak = {}, None
             for name, phase in phases.items():
-                seconds[name], peak = _time(phase, device, repeats)
-        work = (
-            _policy_flops(learner, pack(traces, torch.device("cpu"))) / 1e12
-        )  # the mathematics, a prompt once, whatever ran
-        kernel = attention_kernel(learner.lm.backbone, device).name
-        rows.append(
-            UpdateRow(
-                policy=policy,
-                discriminator=discriminator,
-                variant=variant,
-                backend="transformers' SDPA" if variant == "padded" else kernel,
-                rows=batch.segments.num_rows if variant != "padded" else _padded_rows(traces),
-                seconds=seconds,
-                tokens_per_s=batch.num_loss_tokens / sum(seconds.values()),
-                peak_mib=peak,
-                model_flops_utilisation=work / seconds["policy"] / rate,
-            )
+                seconds[name], peak = _time(phase, setting.device, setting.repeats)
+        kernel = attention_kernel(learner.lm.backbone, setting.device).name
+        return UpdateRow(
+            policy=self.policy,
+            discriminator=setting.discriminator,
+            variant=variant,
+            backend="transformers' SDPA" if variant == "padded" else kernel,
+            rows=_padded_rows(self.traces) if variant == "padded" else batch.segments.num_rows,
+            policy_tokens=batch.num_loss_tokens,
+            seconds=seconds,
+            tokens_per_s=batch.num_loss_tokens / sum(seconds.values()),
+            peak_mib=peak,
+            model_flops_utilisation=self.work / seconds["policy"] / setting.rate,
         )
-    return rows
 
 
 def _adapted(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -237,19 +306,21 @@ def _time(phase: Callable[[], object], device: torch.device, repeats: int) -> tu
     return statistics.median(spent), torch.cuda.max_memory_allocated() / 2**20 if cuda else None
 
 
-def _trl(policy: str, discriminator: str, shape: Shape, device, dtype, repeats: int) -> UpdateRow:
+def _trl(policy: str, setting: Setting) -> UpdateRow:
     from bench.peers.trl_update import update_of
 
-    model = _adapted(policy, device, dtype, seed=1)
+    shape = setting.shape
+    model = _adapted(policy, setting.device, setting.dtype, seed=1)
     update, version = update_of(model, shape.prompts, shape.group, shape.prompt_tokens, shape.completion_tokens)
-    seconds, peak = _time(update, device, repeats)
+    seconds, peak = _time(update, setting.device, setting.repeats)
     tokens = shape.prompts * shape.group * shape.completion_tokens
     return UpdateRow(
         policy=policy,
-        discriminator=discriminator,
+        discriminator=setting.discriminator,
         variant="trl",
         backend=f"TRL {version} GRPOTrainer, policy update alone",
         rows=shape.prompts * shape.group * (shape.prompt_tokens + shape.completion_tokens),
+        policy_tokens=tokens,
         seconds={"policy": seconds},
         tokens_per_s=tokens / seconds,
         peak_mib=peak,

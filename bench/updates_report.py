@@ -5,7 +5,7 @@ from bench.report import short, table
 MFU_GOAL = 45  # per cent
 
 
-def render(document: dict) -> str:
+def updates_table(document: dict) -> str:
     header = ["policy", "variant", "rows", "discriminator s", "score s", "policy s", "tokens/s", "peak MiB", "MFU"]
     lines = [
         [

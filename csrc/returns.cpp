@@ -24,6 +24,12 @@ void for_each_sequence(const at::Tensor& offsets, const Body& body) {
   });
 }
 
+// Offsets of the sequences: given and checked, or those of the rows of [B, T].
+at::Tensor offsets_of(const at::Tensor& tokens, const std::optional<at::Tensor>& cu_seqlens) {
+  if (cu_seqlens.has_value()) return checked_offsets(*cu_seqlens, tokens.numel());
+  return at::arange(tokens.size(0) + 1, at::kLong) * tokens.size(1);
+}
+
 const bool* mask_pointer(const std::optional<at::Tensor>& mask) {
   return mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
 }
@@ -49,9 +55,9 @@ void scan(const T* x, const bool* mask, T* y, int64_t begin, int64_t end, double
 }
 
 at::Tensor discounted_returns(
-    const at::Tensor& rewards, const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& mask, double gamma,
-    bool adjoint) {
-  const at::Tensor offsets = checked_offsets(cu_seqlens, rewards.numel());
+    const at::Tensor& rewards, const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& mask,
+    double gamma, bool adjoint) {
+  const at::Tensor offsets = offsets_of(rewards, cu_seqlens);
   const at::Tensor x = rewards.contiguous();
   const auto valid = contiguous(mask);
   at::Tensor y = at::empty_like(x);
@@ -141,9 +147,9 @@ at::Tensor group_advantages(
 }
 
 std::tuple<at::Tensor, at::Tensor> gae(
-    const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& cu_seqlens,
+    const at::Tensor& rewards, const at::Tensor& values, const std::optional<at::Tensor>& cu_seqlens,
     const std::optional<at::Tensor>& mask, double gamma, double lambda) {
-  const at::Tensor offsets = checked_offsets(cu_seqlens, rewards.numel());
+  const at::Tensor offsets = offsets_of(rewards, cu_seqlens);
   const at::Tensor r = rewards.contiguous(), v = values.contiguous();
   const auto valid = contiguous(mask);
   at::Tensor advantages = at::empty_like(r), returns = at::empty_like(r);
@@ -171,9 +177,9 @@ std::tuple<at::Tensor, at::Tensor> gae(
 }
 
 std::tuple<at::Tensor, at::Tensor> gae_backward(
-    const at::Tensor& d_advantages, const at::Tensor& d_returns, const at::Tensor& cu_seqlens,
+    const at::Tensor& d_advantages, const at::Tensor& d_returns, const std::optional<at::Tensor>& cu_seqlens,
     const std::optional<at::Tensor>& mask, double gamma, double lambda) {
-  const at::Tensor offsets = checked_offsets(cu_seqlens, d_returns.numel());
+  const at::Tensor offsets = offsets_of(d_returns, cu_seqlens);
   const at::Tensor da = d_advantages.contiguous(), dr = d_returns.contiguous();
   const auto valid = contiguous(mask);
   at::Tensor d_rewards = at::empty_like(dr), d_values = at::empty_like(dr);

@@ -16,13 +16,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: dict[str, set[str]] = {
-    "records": {"errors", "types"},
-    "services": {"config", "overrides", "checkpoint", "metrics", "progress", "rundir", "doctor"},
+    "records": {"errors", "types", "trust"},
+    "services": {
+        *("config", "overrides", "manifest", "checkpoint", "metrics", "progress", "processor", "rundir", "doctor"),
+    },
     "tools": {"device", "data", "models", "optim", "pack", "microbatch", "beside", "granularity", "measures"},
     "stages": {"rollout", "discriminator", "advantage", "policy", "sft", "grpo"},
     "assembly": {
         *("traces", "bridge", "batches", "lab", "warmup", "artifacts", "state", "baselines"),
-        *("engines", "preflight", "export", "judge"),
+        *("engines", "preflight", "export", "judge", "saved"),
     },
     "evaluation": {"evaluate", "guided"},
     "loop": {"train"},

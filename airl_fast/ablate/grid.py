@@ -12,6 +12,7 @@ from airl_fast.artifacts import START
 from airl_fast.config import Config, Section
 from airl_fast.errors import UserError
 from airl_fast.overrides import deep_merge, find_preset, load_config, plain, read_yaml
+from airl_fast.trust import TRUST
 
 Changes = dict[str, Any]  # a tree of configuration keys
 MAIN_START = "main"
@@ -117,8 +118,9 @@ def slug(name: str) -> str:
 def _tree(grid: Grid, presets: Path, words: Sequence[str], seed: int, change: Mapping[str, Any]) -> dict[str, Any]:
     """The whole configuration, validated: preset, grid's base, the command line's words, the change, the seed."""
     source, origin = find_preset(grid.preset, presets)
-    base = plain(load_config(Config, deep_merge(source, grid.base), words, origin=f"{origin} with the grid's base"))
-    return plain(load_config(Config, deep_merge(deep_merge(base, change), {"seed": seed}), [], origin=f"{change}"))
+    config = load_config(Config, deep_merge(source, grid.base), words, origin=f"{origin} with the grid's base")
+    tree = deep_merge(deep_merge(plain(config), change), {"seed": seed})
+    return plain(load_config(Config, tree, [TRUST] if config.model.trust_remote_code else [], origin=f"{change}"))
 
 
 def _in(tree: Mapping[str, Any], directory: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,7 +12,7 @@ import yaml
 
 from airl_fast.ablate.grid import Job
 from airl_fast.artifacts import POLICY
-from airl_fast.baselines import PARENT
+from airl_fast.baselines import PARENT, train_command
 from airl_fast.errors import UserError
 from airl_fast.rundir import write_atomically
 
@@ -60,7 +59,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{job.name}.yaml"
         write_atomically(file, yaml.safe_dump(dict(job.tree), sort_keys=False, allow_unicode=True))
-        command = [sys.executable, "-m", "airl_fast", "train", str(file), "--run-name", job.name, "--resume", "auto"]
+        command = train_command(file, job.name, trusted=job.tree["model"]["trust_remote_code"])
         with log_of(job).open("ab") as log:
             environment = os.environ | {PARENT: str(os.getpid())}
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
@@ -97,8 +96,11 @@ def _finished(job: Job) -> bool:
         return False
     saved = directory / "config.yaml"
     try:
-        same = yaml.safe_load(saved.read_text(encoding="utf-8")) == yaml.safe_load(yaml.safe_dump(dict(job.tree)))
-    except (OSError, yaml.YAMLError):
+        then, now = (yaml.safe_load(t) for t in (saved.read_text(encoding="utf-8"), yaml.safe_dump(dict(job.tree))))
+        for tree in (then, now):
+            tree["model"]["trust_remote_code"] = False  # says nothing of what was computed
+        same = then == now
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
         same = False
     if not same:
         raise UserError(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from airl_fast.commands.settings import PRESETS
+from airl_fast.commands.settings import PRESETS, add_trust, words_of
 from airl_fast.errors import UserError
 
 
@@ -15,6 +15,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--only", action="append", default=[], metavar="TOPIC", help="a topic of the grid; may repeat")
     ablate.add_argument("--processes", type=int, default=2, help="runs trained at once (default: 2)")
     ablate.add_argument("-o", "--out", help="directory of the runs, table and figure (default: runs/ablate-GRID)")
+    add_trust(ablate)
     ablate.set_defaults(command=_ablate)
 
 
@@ -28,7 +29,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
         arguments.grid,
         root,
         PRESETS,
-        words=arguments.words,
+        words=words_of(arguments),
         topics=arguments.only,
         seeds=_seeds(arguments.seeds),
         processes=arguments.processes,

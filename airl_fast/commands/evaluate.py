@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from airl_fast.commands.settings import add_trust
 from airl_fast.errors import UserError
 
 
@@ -13,6 +14,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--k", default="1,3,5,10", help="comma-separated k of pass@k (default: 1,3,5,10)")
     evaluate.add_argument("--prompts", type=int, help="how many prompts (default: the run's evaluate.prompts)")
     evaluate.add_argument("--samples", type=int, help="samples per prompt (default: the run's evaluate.samples)")
+    add_trust(evaluate)
     evaluate.set_defaults(command=_eval)
 
 
@@ -20,7 +22,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from airl_fast.evaluate.command import evaluate_command
 
     print(evaluate_command(
-        Path(arguments.run), arguments.split, parse_ks(arguments.k), arguments.prompts, arguments.samples
+        Path(arguments.run), arguments.split, parse_ks(arguments.k), arguments.prompts, arguments.samples,
+        trust_remote_code=arguments.trust_remote_code,
     ), end="")  # fmt: skip
     return 0
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from airl_fast.commands.settings import add_trust
 from airl_fast.errors import UserError
 
 GUIDED = ("none", "steps", "tokens", "reject", "revise")
@@ -45,6 +46,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--json", help="--compare: file for the figures (default: RUN/eval/guided.json)")
     generate.add_argument("--plot", help="--compare: file for the picture (default: RUN/eval/guided.png)")
     generate.add_argument("--allow-training-prompts", action="store_true", help="--compare on questions trained on")
+    add_trust(generate)
     generate.set_defaults(command=_generate)
 
 
@@ -65,6 +67,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         repeats=arguments.repeats,
         allow_training_prompts=arguments.allow_training_prompts,
+        trust_remote_code=arguments.trust_remote_code,
     )
     out = _path(arguments.out)
     if arguments.compare:

@@ -38,6 +38,7 @@ def _localize(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         drop_too_long=arguments.too_long != "error",
         allow_training_prompts=arguments.allow_training_prompts,
+        trust_remote_code=arguments.trust_remote_code,
         tokens=tokens,
     )
     print(localise_command(Path(arguments.run), file, out, document, options, tell), end="")

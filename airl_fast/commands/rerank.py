@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from airl_fast.commands.evaluate import parse_ks
+from airl_fast.commands.settings import add_trust
 from airl_fast.errors import UserError
 
 
@@ -24,6 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--too-long", choices=("error", "drop"), help="default: the run's data.too_long")
     parser.add_argument("--allow-training-prompts", action="store_true", help="also judge what the run was trained on")
+    add_trust(parser)
 
 
 def check_counts(**counts: int | None) -> None:
@@ -49,6 +51,7 @@ def _rerank(arguments: argparse.Namespace) -> int:
         ks=None if arguments.k is None else parse_ks(arguments.k),
         too_long=arguments.too_long,
         allow_training_prompts=arguments.allow_training_prompts,
+        trust_remote_code=arguments.trust_remote_code,
     )
     file = None if arguments.file is None else Path(arguments.file)
     print(rerank_command(Path(arguments.run), file, options, tell), end="")

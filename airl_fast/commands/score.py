@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from airl_fast.commands.rerank import tell
+from airl_fast.commands.settings import add_trust
 from airl_fast.errors import UserError
 
 
@@ -31,6 +32,7 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--allow-training-prompts", action="store_true", help="also judge what the run was trained on")
     parser.add_argument("--part-tokens", type=int, metavar="N", help="tokens read before they are scored together")
+    add_trust(parser)
 
 
 def add_naming(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +77,7 @@ def _score(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         drop_too_long=arguments.too_long != "error",
         allow_training_prompts=arguments.allow_training_prompts,
+        trust_remote_code=arguments.trust_remote_code,
         tokens=tokens,
     )
     score_command(Path(arguments.run), file, out, options, tell)

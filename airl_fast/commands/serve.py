@@ -4,6 +4,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from airl_fast.commands.settings import add_trust
 from airl_fast.errors import UserError
 
 
@@ -26,6 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--max-traces", type=int, default=256, help="traces of one request (default: 256)")
     serve.add_argument("--concurrency", type=int, default=64, help="requests at once; more get 503 (default: 64)")
     serve.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer; then 504 (default: 60)")
+    add_trust(serve)
     serve.set_defaults(command=_serve)
 
 
@@ -50,7 +52,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         batch_tokens=arguments.batch_tokens,
         batch_wait=arguments.batch_wait_ms / 1000,
     )
-    return serve(Path(arguments.run), arguments.host, arguments.port, settings)
+    return serve(
+        Path(arguments.run), arguments.host, arguments.port, settings, trust_remote_code=arguments.trust_remote_code
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -47,6 +47,7 @@ def _transfer(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         too_long=arguments.too_long,
         allow_training_prompts=arguments.allow_training_prompts,
+        trust_remote_code=arguments.trust_remote_code,
     )
     cells = transfer(run, options, tell)
     print(render(cells), end="")

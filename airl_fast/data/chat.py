@@ -6,8 +6,9 @@ end-of-turn token (ChatML's newline) belongs to neither, because a completion th
 reward by one token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -27,19 +28,22 @@ class ChatFormat:
 
     end_of_turn: the token that closes an assistant message. anchor: text put before a completion while it is
     tokenised, "" except for tokenizers that write a blank before whatever they read first (Llama 2, Mistral).
+    other_ends: further tokens that end a sampled completion (`LanguageModel.ends`); nothing is ever written with them.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     end_of_turn: int
     anchor: str
     _bytes: TokenBytes = field(repr=False, compare=False)
+    other_ends: frozenset[int] = frozenset()
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat":
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> "ChatFormat":
         """Read the layout off the tokenizer's chat template by rendering a probe conversation.
 
-        Raises UserError when the tokenizer is slow or has no template, or when the template does not keep the
-        assistant's text as it is: then training would see other tokens than the sampler writes.
+        ends: the tokens that its model lists as ends, whether the template writes them or not. Raises UserError when
+        the tokenizer is slow or has no template, or when the template does not keep the assistant's text as it is:
+        then training would see other tokens than the sampler writes.
         """
         name = tokenizer.name_or_path or "given"
         if not tokenizer.is_fast:
@@ -56,10 +60,16 @@ class ChatFormat:
         _check_verbatim(name, prompt, bare, full)
         suffix = full[len(prompt) + len(_PROBE_TRACE) :]
         anchor = "\n" if probe.decode(probe.completion_tokens("2", finished=False)) == " 2" else ""
-        chat = cls(tokenizer, _end_of_turn(tokenizer, suffix, name), anchor, token_bytes)
+        end = _end_of_turn(tokenizer, suffix, name)
+        chat = cls(tokenizer, end, anchor, token_bytes, frozenset(ends) - {end})
         closing = tokenizer.convert_ids_to_tokens(chat.end_of_turn)
         chat._check_tokens(name, prompt + _PROBE_TRACE, closing if suffix.startswith(closing) else "")
         return chat
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Every token that ends a completion."""
+        return self.other_ends | {self.end_of_turn}
 
     def prompt_tokens(self, prompt: str, system: str | None = None) -> list[int]:
         """Token ids of the rendered prompt, generation prompt included; no other special tokens are added."""
@@ -68,16 +78,28 @@ class ChatFormat:
     def completion_tokens(self, text: str, finished: bool = True) -> list[int]:
         """Token ids of the text alone, then the end-of-turn token when `finished`.
 
-        A text that spells the end-of-turn token out gets ordinary tokens for it: only a real end ends a trace.
+        A text that spells an end out gets ordinary tokens for it: only a real end ends a trace. UserError where there
+        are none, because the model lists ordinary text as an end.
         """
         skipped = len(self._encode(self.anchor))
         tokens = self._encode(self.anchor + text)[skipped:]
-        if self.end_of_turn in tokens:
+        if not self.ends.isdisjoint(tokens):
             tokens = self._encode(self.anchor + text, split_special_tokens=True)[skipped:]
+            if not self.ends.isdisjoint(tokens):
+                raise UserError(self._ordinary_end(text, tokens))
         return [*tokens, self.end_of_turn] if finished else tokens
 
+    def with_own_end(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """The same completion, ended by the template's end of turn where it ended by another."""
+        tokens = tuple(tokens)
+        return (*tokens[:-1], self.end_of_turn) if tokens and tokens[-1] in self.other_ends else tokens
+
+    def name(self, token: int) -> str:
+        """How a token is written in the vocabulary; its number where it has no place there."""
+        return self.tokenizer.convert_ids_to_tokens(token) or f"<{token}>"
+
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of completion tokens; the end-of-turn token and anything after it are left out.
+        """Text of completion tokens; the token that ends them and anything after it are left out.
 
         Bytes that are no UTF-8 become U+FFFD. Other special tokens keep their spelling, so that text and tokens
         stay aligned.
@@ -85,7 +107,7 @@ class ChatFormat:
         return self._bytes.decode(self._until_end(tokens))
 
     def token_char_spans(self, text: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
-        """(start, end) in `text` of every token, in order; the end-of-turn token has the empty span at the end.
+        """(start, end) in `text` of every token, in order; the one that ends them has the empty span at the end.
 
         A token that holds part of a multi-byte character covers that whole character, so such tokens overlap.
         Raises ValueError unless the tokens spell the text.
@@ -98,7 +120,16 @@ class ChatFormat:
 
     def _until_end(self, tokens: Sequence[int]) -> list[int]:
         tokens = list(tokens)
-        return tokens[: tokens.index(self.end_of_turn)] if self.end_of_turn in tokens else tokens
+        if self.ends.isdisjoint(tokens):
+            return tokens
+        return tokens[: next(i for i, token in enumerate(tokens) if token in self.ends)]
+
+    def _ordinary_end(self, text: str, tokens: Sequence[int]) -> str:
+        end = next(token for token in tokens if token in self.ends)
+        return (
+            f"the model lists {self.name(end)!r} as an end (eos_token_id in generation_config.json or config.json), "
+            f"and the text {text[:60]!r} holds it as an ordinary token; take it off that list, or out of the text."
+        )
 
     def _encode(self, text: str, split_special_tokens: bool = False) -> list[int]:
         encoded = self.tokenizer(

@@ -165,7 +165,8 @@ def _read_run(path: Path, name: str, split: str | None) -> RunRow:
             f"{path} has no summary.json: the run is unfinished (continue it with --resume auto), or it was not "
             "evaluated (run `airl-fast eval` on it and compare with --split test)."
         )
-    config = plain(load_config(Config, read_yaml(path / "config.yaml"), [], origin=str(path / "config.yaml")))
+    words = ["model.trust_remote_code=false"]  # no model is loaded here
+    config = plain(load_config(Config, read_yaml(path / "config.yaml"), words, origin=str(path / "config.yaml")))
     kept = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
     return RunRow(name=name, path=path, config=kept, summary=read_summary(file))
 

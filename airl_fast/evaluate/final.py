@@ -51,8 +51,7 @@ def summarise(
         model, bridge = load_reward(run / REWARD, lab.config, lab.maker, lab.start, lab.start.device)
         judge = judge_of(lab, model, bridge)
         report = evaluate_reward(judge, measured["start"], lab.material.train)
-    chat = lab.maker.chat
-    end_token = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
+    end_token = lab.maker.chat.name(lab.maker.chat.end_of_turn)
     record_evaluation(record_path(run, split), split, measured, end_token, judge, report)
     return _summary(lab, measured, report, split, seconds())
 

@@ -104,7 +104,8 @@ class RecordedTrace:
     [T]. step_ends: [K], the token that closes each step. step_scores: [K], the reward of each step by the run's rule.
     predicted: the most suspicious step, None where the rule could not be calibrated. truth: the first wrong step,
     NO_ERROR where there is none, None where the task cannot tell. scores: by every scorer (`choose.score_traces`),
-    None for a trace that it has nothing to read in.
+    None for a trace that it has nothing to read in. end_token: how its last token is written where that is an end, but
+    not the record's.
     """
 
     prompt: int
@@ -121,6 +122,7 @@ class RecordedTrace:
     predicted: int | None
     truth: int | None
     scores: dict[str, float | None]
+    end_token: str | None = None
 
 
 _RECORD, _TRACE = TypeAdapter(Record), TypeAdapter(RecordedTrace)
@@ -255,7 +257,7 @@ def _traces(
         suspicious = suspicious_steps(scored, settings, thresholds)
         predicted = [int(np.argmax(suspicious.values[a:b])) for a, b in pairwise(suspicious.offsets)]
     scores = score_traces(scored, judge.config)
-    made, seen = [], {}
+    made, seen, chat = [], {}, judge.maker.chat
     for i in chosen:
         trace = scored.traces[i]
         prompt = prompt_of(trace.group)
@@ -277,6 +279,7 @@ def _traces(
                 predicted=predicted[i],
                 truth=truth[i],
                 scores={name: float(v[i]) if np.isfinite(v[i]) else None for name, v in scores.items()},
+                end_token=chat.name(trace.tokens[-1]) if trace.tokens[-1] in chat.other_ends else None,
             )
         )
     return made

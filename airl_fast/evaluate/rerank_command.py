@@ -51,6 +51,7 @@ class Options:
     ks: tuple[int, ...] | None = None
     too_long: str | None = None
     allow_training_prompts: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class Given:
 
 def rerank_command(run: Path, file: Path | None, options: Options, say: Say) -> str:
     """Write RUN/eval/rerank-….json and .png; returns the tables."""
-    own = open_judge(run)
+    own = open_judge(run, trust_remote_code=options.trust_remote_code)
     judge = with_policy(own, find_policy(options.policy, run, own.config))
     too_long = options.too_long or own.config.data.too_long
     if file is None:

@@ -15,8 +15,9 @@ from airl_fast.evaluate.policies import Samples
 from airl_fast.judge.judge import Judge, bridge_from
 from airl_fast.lab import make_maker, sampling_params
 from airl_fast.models.adapters import is_adapter_directory
-from airl_fast.models.forward import verify_packing
-from airl_fast.overrides import load_config, parse_yaml, read_yaml
+from airl_fast.models.check import verify_packing
+from airl_fast.overrides import parse_yaml
+from airl_fast.saved import run_config
 from airl_fast.types import Example
 
 Say = Callable[[str], None]
@@ -35,7 +36,10 @@ class Source:
 
 
 def find_policy(name: str, run: Path, config: Config) -> Source:
-    """`start`, `airl`, `sft` or `grpo` of the run, another run's directory (its final policy), or a model directory."""
+    """`start`, `airl`, `sft` or `grpo` of the run, another run's directory (its final policy), or a model directory.
+
+    What `config` trusts, which is what this call does, holds for all of them.
+    """
     if name in POLICY_WORDS:
         own = {"start": run / START, config.algorithm: run / POLICY}
         directory = own.get(name, run / "baselines" / name / POLICY)
@@ -49,7 +53,7 @@ def find_policy(name: str, run: Path, config: Config) -> Source:
     if (directory / "config.yaml").is_file():
         if not (directory / POLICY).is_dir():
             raise UserError(f"--policy {name}: the run has no {POLICY} yet; continue it with --resume auto.")
-        theirs = load_config(Config, read_yaml(directory / "config.yaml"), [], origin=f"{name}/config.yaml")
+        theirs = run_config(directory, trust_remote_code=config.model.trust_remote_code)
         return Source(label=label, directory=directory / POLICY, model=theirs.model, purpose="final-transfer")
     if not (directory / "config.json").is_file() and not is_adapter_directory(directory):
         raise UserError(

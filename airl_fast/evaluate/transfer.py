@@ -50,6 +50,7 @@ class Options:
     max_new_tokens: int | None = None
     too_long: str | None = None
     allow_training_prompts: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,7 @@ class Cell:
 
 def transfer(run: Path, options: Options, say: Say) -> tuple[Cell, ...]:
     """A cell for every policy on every task, policy by policy. UserError before the work for what cannot be found."""
-    own = open_judge(run)
+    own = open_judge(run, trust_remote_code=options.trust_remote_code)
     changes = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
     rollout = own.config.rollout.model_copy(update=changes)
     own = Judge(

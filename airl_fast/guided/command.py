@@ -22,10 +22,10 @@ from airl_fast.guided.session import Session
 from airl_fast.judge.judge import Judge, locate_reward, open_judge
 from airl_fast.judge.leakage import training_prompts
 from airl_fast.lab import load_material, sampling_params
-from airl_fast.models.forward import verify_packing
+from airl_fast.models.check import verify_packing
 from airl_fast.models.load import LanguageModel
-from airl_fast.overrides import load_config, read_yaml
 from airl_fast.rollout.engine import SamplingParams
+from airl_fast.saved import run_config
 from airl_fast.types import Example
 
 Say = Callable[[str], None]
@@ -49,6 +49,7 @@ class Request:
     temperature: float | None
     repeats: int
     allow_training_prompts: bool
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +122,10 @@ def compare(request: Request, out: Path | None, json_out: Path | None, plot_out:
 
 def _open(request: Request) -> _Opened:
     root, _ = locate_reward(request.run)
-    config = load_config(Config, read_yaml(root / "config.yaml"), [], origin=str(root / "config.yaml"))
+    config = run_config(root, trust_remote_code=request.trust_remote_code)
     problems, answers = (None, None) if request.prompts is None else read_problems(request.prompts)
     lm = _policy(request.policy, root, config)
-    judge = open_judge(request.run, policy=lm)
+    judge = open_judge(request.run, policy=lm, trust_remote_code=request.trust_remote_code)
     if problems is None:
         problems, answers = split_problems(judge.task, request.split, request.limit)
     elif request.limit is not None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from airl_fast.discriminator import Discriminator
 from airl_fast.models.heads import LinearHead
+from airl_fast.models.regimes import regimes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +28,19 @@ class _Rows:
 class Cursor:
     """Reads R prompts, then one token a row, with a KV cache. The same numbers as Discriminator.logits of the whole.
 
-    prompts: token ids, of any lengths, in the discriminator's own tokenizer.
+    prompts: token ids, of any lengths within one regime, in the discriminator's own tokenizer. RuntimeError for others,
+    and for rows that would leave it.
     """
 
     def __init__(self, model: Discriminator, prompts: Sequence[Sequence[int]]) -> None:
         self._model, self._device = model, next(model.backbone.parameters()).device
         self._cache = DynamicCache(config=model.backbone.config)
-        width = max(len(prompt) for prompt in prompts)
+        regimes = regimes_of(model.backbone)
+        if len({regimes.of(len(prompt)) for prompt in prompts}) > 1:
+            raise RuntimeError("prompts of different regimes are read together")
+        rooms = [regimes.room(len(prompt)) for prompt in prompts]
+        self._left = None if None in rooms else min(rooms)  # tokens until the first row has left its regime
+        width = self._width = max(len(prompt) for prompt in prompts)
         ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
@@ -83,6 +90,8 @@ class Cursor:
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Last hidden state of each row's last token, [rows, H]."""
+        if self._left is not None and self._mask.shape[1] - self._width >= self._left:
+            raise RuntimeError("a row has grown out of its regime")
         return self._model.backbone(
             input_ids=ids,
             attention_mask=self._mask if self._padded else None,

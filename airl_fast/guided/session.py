@@ -10,6 +10,7 @@ from airl_fast.judge.judge import Judge
 from airl_fast.measures.localise import TokenValues
 from airl_fast.measures.passk import Floats
 from airl_fast.measures.rerank import Scorer, trace_scores
+from airl_fast.models.regimes import Regimes
 from airl_fast.rollout.engine import SamplingParams
 from airl_fast.rollout.stepwise import Guide, Start, Streams, extend
 from airl_fast.types import Example, Kind, Trace
@@ -54,6 +55,8 @@ class Session:
 
     def to_end(self, drafts: Sequence[Draft], guide: Callable[[Sequence[Draft]], Guide] | None = None) -> list[Draft]:
         """Each draft until its turn is over or it has its limit. guide: what shifts the logits of these drafts."""
+        if guide is not None:
+            self._check_regimes()
         return self._extend(drafts, None, guide)
 
     def to_step(self, drafts: Sequence[Draft]) -> list[Draft]:
@@ -147,6 +150,7 @@ class Session:
             self._streams,
             stop=None if stop is None else lambda start, token: stop(opened[start], token),
             guide=None if guide is None else lambda chosen: guide([drafts[opened[start]] for start in chosen]),
+            regimes=self._regimes,
         )
         result = list(drafts)
         for i, sample in zip(opened, samples, strict=True):
@@ -184,6 +188,22 @@ class Session:
             ends = (set(self.judge.task.step_ends(text + probe)) for probe in _PROBES)
             self._certain[text] = tuple(sorted(end for end in set.intersection(*ends) if end <= len(text)))
         return self._certain[text]
+
+    @property
+    def _regimes(self) -> Regimes:
+        return self.lm.regimes | self.judge.model.regimes
+
+    def _check_regimes(self) -> None:
+        """UserError for a problem that a guide cannot follow: what it has read of a trace has the rotary factors of
+        the length that the trace had."""
+        for problem, prompt in zip(self.problems, self._prompts, strict=True):
+            longest = len(prompt) + self.params.max_new_tokens
+            if self._regimes.of(len(prompt)) != self._regimes.of(longest):
+                raise UserError(
+                    f"{problem.place}: --guided tokens reads a trace while it is written, but the models have other "
+                    f"rotary factors {self._regimes}, between the prompt's {len(prompt)} tokens and {longest} with "
+                    "--max-new-tokens; lower that, or use --guided steps."
+                )
 
     def _check_contexts(self) -> None:
         """UserError for a problem whose prompt and completion do not fit the models' contexts."""

@@ -102,13 +102,20 @@ class Reweighing:
             self._count(rows, 1)
         self._rows = tuple(rows)
         candidates = logits.topk(self._top_k, dim=-1).indices
-        rewards = self._cursor.rewards(candidates, logits.log_softmax(-1).gather(-1, candidates))
+        judged = self._with_own_end(candidates)
+        rewards = self._cursor.rewards(judged, logits.log_softmax(-1).gather(-1, judged))
         if self._cursor.tries:
             self._count(rows, self._top_k)
         return reweighed(logits, candidates, rewards, self._beta, self._session.params.temperature)
 
     def taken(self, ids: torch.Tensor) -> None:
         self._ids = ids
+
+    def _with_own_end(self, candidates: torch.Tensor) -> torch.Tensor:
+        """Another end gets the end of turn's reward, as it does in a finished trace (`Bridge.pack`)."""
+        chat = self._session.judge.maker.chat
+        others = torch.tensor(sorted(chat.other_ends), device=candidates.device, dtype=candidates.dtype)
+        return torch.where(torch.isin(candidates, others), chat.end_of_turn, candidates)
 
     def _count(self, rows: Sequence[int], tokens: int) -> None:
         for row in rows:

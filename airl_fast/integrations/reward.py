@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from airl_fast.advantage import advantages
 from airl_fast.artifacts import START, load_policy, load_reward
 from airl_fast.bridge import Bridge
-from airl_fast.config import Config
 from airl_fast.data.task import make_task
 from airl_fast.device import pick_device
 from airl_fast.discriminator import Discriminator
@@ -25,8 +24,9 @@ from airl_fast.judge.judge import bridge_from, locate_reward
 from airl_fast.lab import make_maker
 from airl_fast.measures.localise import TokenValues
 from airl_fast.measures.rerank import Scorer, trace_scores
-from airl_fast.overrides import load_config, read_yaml
+from airl_fast.models.load import LanguageModel
 from airl_fast.pack import pack
+from airl_fast.saved import run_config
 from airl_fast.traces import TraceMaker
 from airl_fast.types import Example, Kind, Trace
 
@@ -52,7 +52,8 @@ class AIRLRewardFunction:
     step) or "answer" (the discounted reward to go, averaged over the answer's tokens; None where no answer is given,
     which TRL leaves out of the baseline).
     tokenizer: the policy's, whose ids `completion_ids` holds; None for that of the run's own policy.
-    device: None for the configured one. Raises UserError for what cannot be loaded.
+    device: None for the configured one. trust_remote_code: run the Python files that the run's model directories bring;
+    what the run's own configuration says of that is not enough. Raises UserError for what cannot be loaded.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class AIRLRewardFunction:
         tokenizer: PreTrainedTokenizerBase | None = None,
         run_directory: str | Path | None = None,
         device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if score not in get_args(Scorer):
             raise UserError(f"score={score!r} is unknown; choose {', '.join(get_args(Scorer))}.")
         root, directory = locate_reward(Path(run), None if run_directory is None else Path(run_directory))
         self.score, self.__name__ = score, f"airl_{score}"
-        self.config = load_config(Config, read_yaml(root / "config.yaml"), [], origin=str(root / "config.yaml"))
+        self.config = run_config(root, trust_remote_code=trust_remote_code)
         self.device = pick_device(self.config) if device is None else torch.device(device)
         data = self.config.data
         task = make_task(data.task, path=data.path, seed=self.config.seed, **data.options)
@@ -76,7 +78,9 @@ class AIRLRewardFunction:
         maker = make_maker(self.config, task, start)
         self.model: Discriminator
         self.model, own = load_reward(directory, self.config, maker, start, self.device)
-        self.bridge = bridge_from(self.model, own, start.tokenizer, tokenizer, self.config)
+        self.bridge = bridge_from(
+            self.model, own, start.tokenizer, tokenizer, self.config, ends_of_policy(start, tokenizer)
+        )
 
     # ---- TRL's reward function ----
 
@@ -164,8 +168,17 @@ class AIRLRewardFunction:
             prompt_tokens=maker.prompt_tokens(example),
             tokens=tokens,
             text=maker.chat.decode(tokens),
-            finished=tokens[-1] == maker.chat.end_of_turn,
+            finished=tokens[-1] in maker.chat.ends,
         )
+
+
+def ends_of_policy(start: LanguageModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """What ends a completion besides the template's end of turn: the token that TRL itself stops at, and, of the run's
+    own tokenizer, what its policy lists."""
+    if tokenizer is None:
+        return set()  # the bridge's own format knows them
+    same = tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
+    return {*({tokenizer.eos_token_id} - {None}), *(start.ends if same else ())}
 
 
 def _messages(prompts: Sequence[Prompt]) -> tuple[str | None, list[str]]:

@@ -5,6 +5,7 @@ GRPOTrainer(model=model, reward_funcs=reward, ...)      # one reward a completio
 AIRLTrainer(model=model, reward=reward, ...)            # one advantage a token
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ from airl_fast.config import OptimConfig
 from airl_fast.errors import UserError
 from airl_fast.integrations.reward import AIRLRewardFunction, Judged
 from airl_fast.models.adapters import is_adapted
+from airl_fast.models.regimes import regimes_of
 from airl_fast.optim import Optimiser, make_optimiser
 
 try:
     from trl import GRPOConfig, GRPOTrainer
 except ModuleNotFoundError as error:
     raise UserError("airl_fast.integrations.trl needs TRL; install trl==1.16.0.") from error
+
+log = logging.getLogger(__name__)
 
 __all__ = ["AIRLRewardFunction", "AIRLTrainer"]
 
@@ -59,6 +63,12 @@ class AIRLTrainer(GRPOTrainer):
         if others.get("tools") or others.get("rollout_func"):
             raise UserError("AIRLTrainer scores the policy's own completions; leave tools and rollout_func out.")
         super().__init__(model=model, reward_funcs=reward, args=args, **others)
+        if regimes := regimes_of(self.model):
+            log.warning(
+                "the policy has other rotary factors %s, and TRL's padded batches give every row those of the longest; "
+                "keep prompt and completion of all rows on one side of the change",
+                regimes,
+            )
         self.reward = reward
         self._token_advantages: tuple[torch.Tensor, ...] = ()
         self._discriminator = None if discriminator_optim is None else self._optimiser(discriminator_optim)

@@ -81,12 +81,11 @@ def step_spans(values: TokenValues, trace: int, spans: list[tuple[int, int]]) ->
 
 
 def token_texts(judge: Judge, trace: Trace, spans: list[tuple[int, int]]) -> list[str]:
-    """What each token stands for; the end-of-turn token by its name. A token that holds a part of a character shows
-    the whole of it."""
+    """What each token stands for; the token that ends the trace by its name. A token that holds a part of a character
+    shows the whole of it."""
     chat = judge.maker.chat
-    closing = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
     return [
-        closing if token == chat.end_of_turn else trace.text[a:b]
+        chat.name(token) if token in chat.ends else trace.text[a:b]
         for token, (a, b) in zip(trace.tokens, spans, strict=True)
     ]
 

@@ -23,10 +23,11 @@ from airl_fast.lab import Lab, draws_of, make_maker
 from airl_fast.measures.localise import TokenValues
 from airl_fast.microbatch import TokenBudget, over_tokens
 from airl_fast.models.attention import shares_prompts
-from airl_fast.models.forward import token_logprobs, verify_packing
+from airl_fast.models.check import verify_packing
+from airl_fast.models.forward import token_logprobs
 from airl_fast.models.load import LanguageModel
-from airl_fast.overrides import load_config, read_yaml
 from airl_fast.pack import pack
+from airl_fast.saved import run_config
 from airl_fast.traces import TraceMaker
 from airl_fast.types import Example, Kind, Trace
 
@@ -116,7 +117,7 @@ class Judge:
         Everything is held at once: give a long list in parts.
         """
         reward = self.rewards(traces, examples, step_ends)
-        batch = pack(traces, self.bridge.device)
+        batch = pack(traces, self.bridge.device, regimes=self.policy.regimes)
         logprobs = over_tokens(batch, self._budget(), lambda part: token_logprobs(self.policy, part))
         return Scored(
             traces=tuple(traces),
@@ -160,21 +161,25 @@ def judge_of(lab: Lab, model: Discriminator, bridge: Bridge) -> Judge:
     return Judge(config=lab.config, model=model, bridge=bridge, policy=lab.start)
 
 
-def open_judge(run: Path, *, policy: LanguageModel | None = None, task: Task | None = None) -> Judge:
+def open_judge(
+    run: Path, *, policy: LanguageModel | None = None, task: Task | None = None, trust_remote_code: bool = False
+) -> Judge:
     """The reward of a finished run, given by its directory or by that of its reward model inside.
 
     policy: another model whose traces are to be judged; None for the run's start policy. task: another one to cut
-    steps and read answers by; None for the run's. UserError for a directory that is no finished AIRL run's.
+    steps and read answers by; None for the run's. trust_remote_code: whether the run's model directories may run Python
+    files of their own. UserError for a directory that is no finished AIRL run's.
     """
     root, directory = locate_reward(run)
-    config = load_config(Config, read_yaml(root / "config.yaml"), [], origin=str(root / "config.yaml"))
+    config = run_config(root, trust_remote_code=trust_remote_code)
     device = pick_device(config)
     if task is None:
         task = make_task(config.data.task, path=config.data.path, seed=config.seed, **config.data.options)
     start = load_policy(root / START, config.model, device)
     verify_packing(start)
     model, own = load_reward(directory, config, make_maker(config, task, start), start, device)
-    bridge = bridge_from(model, own, start.tokenizer, None if policy is None else policy.tokenizer, config)
+    tokenizer, ends = (None, ()) if policy is None else (policy.tokenizer, policy.ends)
+    bridge = bridge_from(model, own, start.tokenizer, tokenizer, config, ends)
     return Judge(config=config, model=model, bridge=bridge, policy=policy or start)
 
 
@@ -202,12 +207,16 @@ def bridge_from(
     start: PreTrainedTokenizerBase,
     tokenizer: PreTrainedTokenizerBase | None,
     config: Config,
+    ends: Iterable[int] = (),
 ) -> Bridge:
-    """From the given policy's tokens to the discriminator's: `own` leads there from the start policy's."""
+    """From the given policy's tokens to the discriminator's: `own` leads there from the start policy's.
+
+    ends: the tokens that end that policy's completions, besides its template's.
+    """
     share = config.model.share_prompts and shares_prompts(model.backbone)
     if tokenizer is None:
         return replace(own, share=share)
     reads = own.chat or ChatFormat.from_tokenizer(start)
     same = tokenizer.backend_tokenizer.to_str() == reads.tokenizer.backend_tokenizer.to_str()
-    maker = replace(own.maker, chat=ChatFormat.from_tokenizer(tokenizer))
+    maker = replace(own.maker, chat=ChatFormat.from_tokenizer(tokenizer, ends))
     return replace(own, maker=maker, chat=None if same else reads, share=share)

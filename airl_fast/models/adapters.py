@@ -10,6 +10,7 @@ import importlib
 import logging
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +19,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from airl_fast.config import LoraConfig
 from airl_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from airl_fast.config import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 _PREFIX = "base_model.model."  # what PEFT puts before the names of a model's own parameters
@@ -85,7 +88,7 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
 
 def trainable(
     model: PreTrainedModel,
-    lora: LoraConfig | None,
+    lora: "LoraConfig | None",
     *,
     base: str,
     seed: int,
@@ -132,7 +135,7 @@ class _TrainOnlyWithGradients:
             module.training = training
 
 
-def _add_adapter(model: PreTrainedModel, config: LoraConfig, base: str, seed: int, key: str) -> None:
+def _add_adapter(model: PreTrainedModel, config: "LoraConfig", base: str, seed: int, key: str) -> None:
     peft = require("peft", key)
     targets = config.targets if config.targets == "all-linear" else list(config.targets)
     if targets != "all-linear":

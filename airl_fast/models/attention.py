@@ -104,6 +104,18 @@ class SharedPrefixAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
+def attend_one_token(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """q: [R, Hq, 1, D]. k, v: [R, Hkv, T, D]. mask: [R, 1, 1, T], 0 or minus infinity. Returns [R, Hq, 1, D].
+
+    The query heads of one key head are laid out as that head's queries, so no key or value is repeated for them.
+    """
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(q.shape)
+
+
 def _merge(out_1, lse_1, out_2, lse_2):
     """out: [R, H, D], lse: f32 [R, H]. In fp32: in bf16 the weights would lose what flash kernels keep."""
     lse = torch.logaddexp(lse_1, lse_2)
@@ -120,12 +132,15 @@ def packed_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Pieces | None = None,
+    one_token: bool = False,
     **kwargs,
 ):
     """What transformers' layers call. query: [1, Hq, N, D]; key, value: [1, Hkv, N, D]. Returns ([1, N, Hq, D], None).
 
-    Without `packing` (sampling with a cache) it is torch's SDPA with the mask given.
+    Without `packing` (sampling with a cache) it is torch's SDPA with the mask given, or `attend_one_token`.
     """
+    if one_token:
+        return attend_one_token(query, key, value, attention_mask, scaling).transpose(1, 2), None
     if packing is None:
         if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and query.shape[-2] > 1:
             raise RuntimeError(f"{type(module).__name__} does not hand its keyword arguments to its attention.")

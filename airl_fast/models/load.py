@@ -1,16 +1,24 @@
 """Load a local Hugging Face model directory, and say in one sentence what is wrong with one that does not load."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from airl_fast.config import ModelConfig
 from airl_fast.errors import UserError
+from airl_fast.manifest import check_model
 from airl_fast.models.adapters import is_adapter_directory, keep_layout, nf4
 from airl_fast.models.attention import set_packed
+from airl_fast.models.ends import listed_ends
+from airl_fast.models.regimes import Regimes, forget_lengths, regimes_of
+from airl_fast.trust import HOW_TO_TRUST
+
+if TYPE_CHECKING:  # its package is not on every machine that only runs models
+    from airl_fast.config import ModelConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")  # Qwen/Qwen2.5-3B-Instruct
 
@@ -22,6 +30,7 @@ class LanguageModel:
     model: always the plain model of transformers. Adapters and 4-bit weights are layers inside it, so every forward
     of it is the adapted one, and `name_or_path` is the directory its frozen weights came from.
     num_tokens: ids from here up are padding of the embedding (Qwen2.5 has 271 or 399 of them): no text has them.
+    fp32_logits: keep the logits behind a log-probability in float32, whatever the model's type.
     """
 
     model: torch.nn.Module
@@ -30,6 +39,7 @@ class LanguageModel:
     logit_scale: float
     max_length: int
     num_tokens: int
+    fp32_logits: bool = False
 
     @property
     def backbone(self) -> torch.nn.Module:
@@ -42,29 +52,52 @@ class LanguageModel:
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[num_tokens, H]: the rows of the output layer that can be sampled, a view."""
+        """[num_tokens, H]: the rows of the output layer that can be sampled, a view, for counting. The backward pass
+        of a slice fills and copies a whole [V, H]: ops take `projection`."""
         return self.head.weight[: self.num_tokens]
 
     @property
-    def head_bias(self) -> torch.Tensor | None:
-        bias = getattr(self.head, "bias", None)
-        return None if bias is None else bias[: self.num_tokens]
+    def projection(self) -> dict[str, object]:
+        """The output layer as the ops of airl_kernels take it, by keyword."""
+        return {
+            "weight": self.head.weight,
+            "bias": getattr(self.head, "bias", None),
+            "num_tokens": self.num_tokens,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "fp32_logits": self.fp32_logits,
+        }
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that the model lists as ends of what it writes; its chat template may write another."""
+        return listed_ends(self.model, self.num_tokens)
 
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    @property
+    def regimes(self) -> Regimes:
+        """Which lengths it reads with which rotary factors."""
+        return regimes_of(self.model)
+
 
 def check_directory(path: str, key: str) -> Path:
-    """Refuse a directory that transformers could only meet with a traceback. `key` names the setting at fault."""
+    """Refuse a directory that transformers could only meet with a traceback, and one of ours that has changed since.
+
+    key: names the setting at fault.
+    """
     folder = Path(path).expanduser().resolve()  # absolute: saved adapters record it
+    check_model(folder)
     if not folder.is_dir():
         if _HUB_NAME.fullmatch(path) and key.endswith(".path"):
             raise UserError(f"set {key}=DIR to a local copy of {path}; nothing is downloaded.")
         raise UserError(f"{key}: no model directory at {path}; give a local Hugging Face directory.")
-    if is_adapter_directory(folder) and not (folder / "config.json").is_file():
+    if is_adapter_directory(folder):  # beside a model, transformers would add it without a word
+        what = "beside its model" if (folder / "config.json").is_file() else "not a model"
         raise UserError(
-            f"{key}: {path} holds a PEFT adapter, not a model; give its base model, or merge the two with "
+            f"{key}: {path} holds a PEFT adapter, {what}; give its base model, or merge the two with "
             "`airl-fast export RUN --format merged`."
         )
     if not (folder / "config.json").is_file():
@@ -72,15 +105,30 @@ def check_directory(path: str, key: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         hint = " (pickled *.bin weights are not read; convert them)" if any(folder.glob("*.bin")) else ""
         raise UserError(f"{key}: {path} has no *.safetensors weights{hint}; save the model as safetensors.")
+    _check_shards(folder / "model.safetensors.index.json", key)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{key}: {path} has no tokenizer.json; save the model's fast tokenizer beside its weights.")
     return folder
+
+
+def _check_shards(index: Path, key: str) -> None:
+    """An index of shards may name any file, a pickle among them, and transformers would read it."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # there is none, or transformers says what is wrong with it
+    for shard in shards:
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
+            raise UserError(
+                f"{key}: {index} names {shard!r}, which is no *.safetensors file beside it; save the model again."
+            )
 
 
 def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its file formats raise
+        _refuse_code(error, folder, key)
         raise UserError(
             f"{key}: the tokenizer in {folder} does not load ({_first_line(error)}); save it again."
         ) from error
@@ -120,16 +168,18 @@ def load_model(
             **quantised,
         )
     except Exception as error:  # as above: a damaged file raises a dozen types
+        _refuse_code(error, folder, key)
         raise UserError(f"{key}: the model in {folder} does not load ({_first_line(error)}); save it again.") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}: the weights in {folder} lack {missing}; save the whole model again.")
     set_packed(model)
+    forget_lengths(model)
     keep_layout(model)
     return model if device is None else model.to(device)
 
 
-def load_language_model(config: ModelConfig, device: torch.device, *, key: str = "model.path") -> LanguageModel:
+def load_language_model(config: "ModelConfig", device: torch.device, *, key: str = "model.path") -> LanguageModel:
     folder = check_directory(config.path, key)
     tokenizer = load_tokenizer(folder, key, trust_remote_code=config.trust_remote_code)
     if config.chat_template is not None:
@@ -144,17 +194,20 @@ def load_language_model(config: ModelConfig, device: torch.device, *, key: str =
         quantise=config.quantise,
         device=device,
     )
-    lm = wrap(model, tokenizer, config.attention)
+    lm = wrap(model, tokenizer, config.attention, config.fp32_logits)
     _check_logits(lm, folder, key)
     return lm
 
 
-def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str = "auto") -> LanguageModel:
+def wrap(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, attention: str = "auto", fp32_logits: bool = False
+) -> LanguageModel:
     """Read from the model's config what happens between its last hidden state and its logits.
 
-    attention: the kernel for packed rows, as model.attention names it.
+    attention: the kernel for packed rows, as model.attention names it. fp32_logits: as model.fp32_logits.
     """
     set_packed(model, attention)
+    forget_lengths(model)
     text = model.config.get_text_config()
     scale = 1.0
     if getattr(text, "logit_scale", None) is not None:  # Cohere multiplies
@@ -171,6 +224,7 @@ def wrap(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, attention: 
         logit_scale=scale,
         max_length=int(text.max_position_embeddings),
         num_tokens=min(known, rows),
+        fp32_logits=fp32_logits,
     )
 
 
@@ -190,6 +244,14 @@ def _check_logits(lm: LanguageModel, folder: Path, key: str) -> None:
             f"{key}: {folder} holds a {type(lm.model).__name__}, whose logits are not its output layer's alone; "
             "use another architecture, such as Qwen2 or Llama."
         )
+
+
+def _refuse_code(error: Exception, folder: Path, key: str) -> None:
+    """Name the switch where transformers asks for `trust_remote_code`: the directory needs code that it brings."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        raise UserError(
+            f"{key}: {folder} loads by Python code that it brings, which is not run unasked; {HOW_TO_TRUST}."
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -67,9 +67,11 @@ def _label(name: str, scorer: str) -> str:
 
 def _trace(trace: RecordedTrace) -> dict[str, Any]:
     """p: prompt, n: number, k: kind, s: spans end to end, r: rewards, l: log-probabilities, e: step ends, c: step
-    scores, guess: predicted step, truth: first wrong step, -1 for none and null for unknown."""
+    scores, guess: predicted step, truth: first wrong step, -1 for none and null for unknown; endToken where it is not
+    the view's."""
     kind = "perturbed" if trace.kind == "perturbed" else "correct" if trace.correct else "wrong"
-    return {
+    end = {} if trace.end_token is None else {"endToken": trace.end_token}
+    return end | {
         "p": trace.prompt,
         "n": trace.sample,
         "k": kind,

@@ -9,7 +9,7 @@ from airl_fast.models.load import LanguageModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """tokens: completion ids, end-of-turn last when `finished`. logprobs: one a token, under the distribution it was
+    """tokens: completion ids, an end last when `finished`. logprobs: one a token, under the distribution it was
     drawn from (after temperature and top-p)."""
 
     tokens: tuple[int, ...]
@@ -19,7 +19,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """temperature 0 is greedy. seed: the draws depend on it, the weights and the prompts alone."""
+    """temperature 0 is greedy. end_token: the template's end of turn. other_ends: further tokens that end a sample.
+    seed: the draws depend on it, the weights and the prompts alone."""
 
     temperature: float
     top_p: float
@@ -27,6 +28,11 @@ class SamplingParams:
     end_token: int
     seed: int
     batch_size: int
+    other_ends: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> frozenset[int]:
+        return frozenset((self.end_token, *self.other_ends))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,9 @@ class Prefill:
 
 
 def read_prompts(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefill:
+    """Prompts of one regime; RuntimeError for others."""
+    if len({lm.regimes.of(len(prompt)) for prompt in prompts}) > 1:
+        raise RuntimeError("prompts of different regimes are read together; decode them through crossing.py")
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     width = int(lengths.max())
     columns = torch.arange(width) - (width - lengths)[:, None]  # position of every place, negative before the prompt

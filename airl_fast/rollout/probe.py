@@ -86,11 +86,7 @@ def trainer_logprobs(lm: LanguageModel, probes: Sequence[Scored]) -> torch.Tenso
         hidden = lm.backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
         hidden = hidden[len(probe.prompt) - 1 : -1].contiguous()
         labels = tokens[0, len(probe.prompt) :]
-        found.append(
-            linear_logprob(
-                hidden, lm.head_weight, labels, bias=lm.head_bias, softcap=lm.softcap, logit_scale=lm.logit_scale
-            )
-        )
+        found.append(linear_logprob(hidden, targets=labels, **lm.projection))
     return torch.cat(found).float().cpu()
 
 

@@ -5,16 +5,20 @@ stream, the weights and what it continues, not on the rows it happens to be batc
 goes on draws what it would have drawn without the pause.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from airl_fast.models.load import LanguageModel
-from airl_fast.rollout.builtin import decode, pick
+from airl_fast.models.regimes import ONE, Regimes
+from airl_fast.rollout.builtin import decode
+from airl_fast.rollout.crossing import decode_by_regime
 from airl_fast.rollout.engine import Sample, SamplingParams
+from airl_fast.rollout.pick import pick
 
 _BLOCK = 64  # uniform numbers drawn ahead
 
@@ -68,16 +72,16 @@ def extend(
     *,
     stop: Callable[[int, int], bool] | None = None,
     guide: Callable[[Sequence[int]], Guide] | None = None,
+    regimes: Regimes = ONE,
 ) -> list[Sample]:
     """What each start is continued with, in the order given. `params.max_new_tokens` and `params.seed` are not read.
 
     stop(start, token): has this start had enough after the token it has just drawn? guide(starts of a batch): what
-    shifts that batch's logits. What a start reads is read anew in every call.
+    shifts that batch's logits. regimes: of the guide's model; a batch is of one. What a start reads is read anew in
+    every call.
     """
-    order = sorted(range(len(starts)), key=lambda i: len(starts[i].tokens))  # equal lengths together: less padding
     samples: list[Sample | None] = [None] * len(starts)
-    for begin in range(0, len(order), params.batch_size):
-        chosen = order[begin : begin + params.batch_size]
+    for chosen in _batches([len(start.tokens) for start in starts], params.batch_size, regimes):
         batch = [starts[i] for i in chosen]
         shifting = None if guide is None else guide(chosen)
 
@@ -97,7 +101,16 @@ def extend(
             return stop is not None and stop(chosen[row], token)
 
         limits = [start.limit for start in batch]
-        decoded = decode(lm, [start.tokens for start in batch], limits, params.end_token, draw, stops)
+        prompts = [start.tokens for start in batch]
+        decoded = decode_by_regime(decode, lm, prompts, limits, params.ends, draw, stops)
         for i, sample in zip(chosen, decoded, strict=True):
             samples[i] = sample
     return samples
+
+
+def _batches(lengths: Sequence[int], size: int, regimes: Regimes) -> Iterator[list[int]]:
+    """Equal lengths together: less padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for _, members in groupby(order, key=lambda i: regimes.of(lengths[i])):
+        chosen = list(members)
+        yield from (chosen[begin : begin + size] for begin in range(0, len(chosen), size))

@@ -92,6 +92,7 @@ class VllmEngine:
 
     def __init__(self, config: Config, lm: LanguageModel, directory: Path, needs: Needs) -> None:
         require(config, lm)
+        _refuse_other_factors(lm, needs.longest)
         self._needs, self._lora = needs, config.model.lora
         self._sentinel, self._probes = Sentinel(config.rollout.sync_ceiling), needs.probes
         self._vocabulary, self._adapter, self._count = lm.num_tokens, None, 0
@@ -129,7 +130,7 @@ class VllmEngine:
                 max_tokens=params.max_new_tokens,
                 seed=random.Random(f"{params.seed}/{place}").getrandbits(62),  # sample i of the prompt gets seed + i
                 logprobs=0,  # of the chosen token alone
-                stop_token_ids=[params.end_token],
+                stop_token_ids=sorted(params.ends),
                 ignore_eos=True,
                 detokenize=False,
             )
@@ -258,7 +259,7 @@ def _sample(output, greedy: bool) -> Sample:
 def _options(config: Config, lm: LanguageModel, needs: Needs) -> dict[str, object]:
     options: dict[str, object] = {
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # not the model's own: it would add penalties and a top-k
+        "generation_config": "vllm",  # not the model's own: penalties, a top-k; its ends come with requests
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "max_model_len": needs.longest,
@@ -306,6 +307,24 @@ def _weights_in_place(device: torch.device) -> Iterator[None]:
         yield
     finally:
         utils.dispatch_cpu_unquantized_gemm = repack
+
+
+def _refuse_other_factors(lm: LanguageModel, longest: int) -> None:
+    """vLLM gives a longrope model its long factors for every sequence once its context allows a long one, and a dynamic
+    one the same scaled factors for every sequence. The trainer's depend on each sequence's own length."""
+    regimes, key = lm.regimes, "rollout.engine=vllm"
+    if regimes.growing is not None:
+        raise UserError(
+            f"{key} scales the rotary factors of a {type(lm.model).__name__} (dynamic) for every sequence, the trainer "
+            f"only above {regimes.growing} tokens; set rollout.engine=builtin."
+        )
+    end = next((end for end in regimes.switches if end < longest), None)
+    if end is not None:
+        raise UserError(
+            f"{key} with a context of {longest} tokens (the longest prompt and rollout.max_new_tokens) takes the long "
+            f"rotary factors of a {type(lm.model).__name__} for every sequence, the trainer only for those above {end} "
+            "tokens; lower rollout.max_new_tokens, or set rollout.engine=builtin."
+        )
 
 
 def _memory(config: Config, lm: LanguageModel, needs: Needs) -> dict[str, float]:

@@ -36,7 +36,7 @@ NO_GROUP = "(no group)"
 def localise_command(run: Path, file: Path, out: Path | None, document: Path | None, options: Options, say: Say) -> str:
     """Write the predictions to `out` and the figures to `document`, where asked for; returns the tables, "" for a file
     without labels. UserError for a row that cannot be scored, and when there is nothing to write or to measure."""
-    judge = open_judge(run)
+    judge = open_judge(run, trust_remote_code=options.trust_remote_code)
     chosen = naming(judge, options.rule, options.threshold)
     source, tally, kept = identity(run), Tally(), _Kept()
     pace = Pace(say)

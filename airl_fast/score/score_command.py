@@ -34,6 +34,7 @@ class Options:
     threshold: float | None = None
     drop_too_long: bool = False
     allow_training_prompts: bool = False
+    trust_remote_code: bool = False
     tokens: int | None = None
 
 
@@ -50,7 +51,7 @@ def score_command(run: Path, file: Path, out: Path | None, options: ScoreOptions
     were written, for a row that cannot be scored."""
     if not options.locate and (options.rule or options.threshold is not None):
         raise UserError("--rule and --threshold say how a step is named; add --locate.")
-    judge = open_judge(run)
+    judge = open_judge(run, trust_remote_code=options.trust_remote_code)
     chosen = naming(judge, options.rule, options.threshold) if options.locate else None
     source = identity(run)
     tally = Tally()

@@ -17,7 +17,7 @@ from airl_fast.judge.naming import calibrated
 from airl_fast.serve.app import Settings, make_app
 
 
-def serve(run: Path, host: str, port: int, settings: Settings) -> int:
+def serve(run: Path, host: str, port: int, settings: Settings, *, trust_remote_code: bool = False) -> int:
     """Returns when SIGTERM or SIGINT has come and what was in flight is answered. UserError for a port that is taken
     (before the model is loaded) and for a run that cannot be read."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -29,7 +29,7 @@ def serve(run: Path, host: str, port: int, settings: Settings) -> int:
                 "with TLS" + (", and demand a token with --token-file." if settings.token is None else "."),
                 file=sys.stderr,
             )
-        judge = open_judge(run)
+        judge = open_judge(run, trust_remote_code=trust_remote_code)
         thresholds = thresholds_of(judge)
         app = make_app(judge, thresholds, locate_reward(run)[0].resolve().name, settings)
         server = uvicorn.Server(

@@ -31,7 +31,7 @@ def prepare(case: Case, shape: Shape) -> Run:
     from cut_cross_entropy import linear_cross_entropy
 
     def logprobs(inputs: LinearInputs) -> Tensor:
-        return -linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="none")
+        return -linear_cross_entropy(inputs.hidden, inputs.head, inputs.targets, reduction="none")
 
     if case.op == "linear_ppo_loss":
         return by_autograd(case, lambda inputs: policy_loss(logprobs(inputs).float(), inputs, inputs.denominator))

@@ -10,6 +10,7 @@ from bench.shapes import Shape
 
 NAME = "torch.compile"
 HOLDS_LOGITS = True  # all [N, V] of them
+COMPILES_FOR_A_SHAPE = True
 
 
 def version() -> str | None:

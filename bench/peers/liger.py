@@ -40,7 +40,7 @@ def _linear():
     def loss(inputs: LinearInputs) -> Tensor:
         rows = inputs.sequences, -1
         return module(
-            inputs.hidden.view(*rows, inputs.hidden.shape[1]), inputs.weight, inputs.targets.view(rows),
+            inputs.hidden.view(*rows, inputs.hidden.shape[1]), inputs.head, inputs.targets.view(rows),
             inputs.mask.view(rows).float(), inputs.advantages.view(rows)[:, 0].contiguous(),
             old_per_token_logps=inputs.old_logprobs.view(rows),
         )[0]  # fmt: skip

@@ -36,7 +36,7 @@ def _linear(case: Case):
     from trl.kernels import ChunkedLogProbFunction
 
     def logprobs(inputs: LinearInputs, outputs: tuple[str, ...]) -> tuple[Tensor | None, ...]:
-        head = inputs.hidden, inputs.weight, None, inputs.targets
+        head = inputs.hidden, inputs.head, None, inputs.targets
         return ChunkedLogProbFunction.apply(*head, 1.0, VOCABULARY_CHUNK, None, 1.0, outputs)
 
     def with_entropy(inputs: LinearInputs) -> tuple[Tensor, Tensor]:

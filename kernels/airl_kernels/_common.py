@@ -2,7 +2,8 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -16,6 +17,17 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when any input is float64 (gradcheck), otherwise float32."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts the inputs of a linear layer on this tensor's device to; None outside autocast.
+
+    Autocast leaves float64 alone, and so does this.
+    """
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def require_plain_weight(name: str, weight: object) -> None:
@@ -89,6 +101,28 @@ def triton_kernels(family: str) -> ModuleType:
         raise RuntimeError("airl_kernels needs Triton for CUDA tensors; install the `triton` package.") from error
 
 
+def _tensors(arguments: Sequence[object]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from (item for item in argument if isinstance(item, Tensor))
+
+
+def common_device(name: str, tensors: Sequence[Tensor]) -> torch.device:
+    """The one device that all tensors are on. Raises ValueError when they are on several."""
+    device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors):
+        places = sorted({str(tensor.device) for tensor in tensors})
+        raise ValueError(f"{name} got tensors on {' and '.join(places)}; move all of them to one device.")
+    return device
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one inside: Triton launches there, whatever device the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 # Every op by name, with what runs for CUDA tensors: launched on CPU tensors, that is a test of the kernels.
 DEFINED: dict[str, tuple[torch.library.CustomOpDef, Callable]] = {}
 
@@ -96,17 +130,20 @@ DEFINED: dict[str, tuple[torch.library.CustomOpDef, Callable]] = {}
 def define_op(family: str, reference: Callable, *, mutates: tuple[str, ...] = ()) -> torch.library.CustomOpDef:
     """The custom op `airl_kernels::<name>` of `<name>_reference`: the reference on every device, Triton on CUDA.
 
-    The Triton half is the function <name> of `<family>_triton.py`, with the same arguments. float64, which exists
-    for gradient checks, runs the reference on CUDA as well.
+    The Triton half is the function <name> of `<family>_triton.py`, with the same arguments; it runs with the tensors'
+    device as the current one. float64, which exists for gradient checks, runs the reference on CUDA as well.
     """
     name = reference.__name__.removesuffix("_reference")
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", reference, mutates_args=mutates)
 
     @op.register_kernel("cuda")
     def on_cuda(*args):
-        if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+        tensors = list(_tensors(args))
+        device = common_device(name, tensors)
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
             return reference(*args)
-        return getattr(triton_kernels(family), name)(*args)
+        with current(device):
+            return getattr(triton_kernels(family), name)(*args)
 
     DEFINED[name] = op, on_cuda
     return op

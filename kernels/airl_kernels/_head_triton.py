@@ -33,7 +33,7 @@ def _add_terms(z, bias, index_rows, offset, rows, ok, BIAS_PER_ROW: tl.constexpr
 # ---- kernels ---------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rewards_kernel(
     hidden, weight, bias, index, offset, live, out, num_rows, stride_hidden, temperature, clip,
     H: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -100,12 +100,15 @@ def _fused_kernel(
         slope = tl.where(live, factor * slope, 0.0)
         slope_sum += slope
         tl.store(slopes + rows, slope, mask=ok)
-        moves = slope[:, None] != 0.0  # a row without slope adds nothing, whatever it holds
         if d_hidden is not None:
-            gradient = tl.where(moves, slope[:, None] * w, 0.0).to(d_hidden.dtype.element_ty)
+            gradient = (slope[:, None] * w).to(d_hidden.dtype.element_ty)
             tl.store(d_hidden + rows[:, None] * H + columns[None, :], gradient, mask=ok[:, None] & inside[None, :])
         if partial_weight is not None:
-            d_weight += tl.sum(tl.where(moves, slope[:, None] * h, 0.0), axis=0)
+            # A row without slope adds nothing, whatever it holds. What would make 0 * h a NaN has made z no number.
+            empty = (slope == 0.0) & ((tl.abs(z) < float("inf")) == 0)
+            if tl.max(empty.to(tl.int32), axis=0) > 0:
+                h = tl.where(empty[:, None], 0.0, h)
+            d_weight += tl.sum(slope[:, None] * h, axis=0)
     if partial_weight is not None:
         tl.store(partial_weight + program.to(tl.int64) * H + columns, d_weight, mask=inside)
     tl.store(partial_sums + program, tl.sum(slope_sum))
@@ -147,7 +150,7 @@ def _gradient_kernel(
         tl.store(partial_sums + program, tl.sum(slope_sum))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _reduce_kernel(
     partial_weight, partial_sums, d_weight, d_bias, loss, num_parts, H,
     BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -11,9 +11,16 @@ MODES = {"bce": 0, "wgan": 1, "logit": 2, "gail": 3, "logd": 4}
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) without the rounding of 1 + x (Kahan)."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+    """log(1 + x) for x within 0 and 1: twice the series of atanh(x / (2 + x)), to fp32, in fewer steps than a log."""
+    s = x / (2.0 + x)
+    q = s * s
+    series = q * 0.06666667 + 0.07692308  # Σ q^k / (2k + 1)
+    series = series * q + 0.09090909
+    series = series * q + 0.11111111
+    series = series * q + 0.14285714
+    series = series * q + 0.2
+    series = series * q + 0.33333333
+    return 2.0 * (s + s * q * series)
 
 
 @triton.jit
@@ -48,9 +55,14 @@ def loss_and_slope(z, target, smoothing, MODE: tl.constexpr):
     """(loss, d loss / d z) of one token before its weight."""
     if MODE == BCE:
         y = target * (1.0 - smoothing) + 0.5 * smoothing
+        # One exponential and one logarithm serve softplus(-z), softplus(z) and the sigmoid: every thread of a row's
+        # program computes all of this, so that it weighs as much as the row's own numbers.
+        e = tl.exp(-tl.abs(z))
+        tail = log1p(e)
         # An infinite logit with a certain label costs 0, not 0 * inf.
-        value = tl.where(y > 0.0, y * softplus(-z), 0.0) + tl.where(y < 1.0, (1.0 - y) * softplus(z), 0.0)
-        slope = sigmoid(z) - y
+        positive = tl.where(y > 0.0, y * (tl.maximum(-z, 0.0) + tail), 0.0)
+        value = positive + tl.where(y < 1.0, (1.0 - y) * (tl.maximum(z, 0.0) + tail), 0.0)
+        slope = tl.where(z >= 0.0, 1.0, e) / (1.0 + e) - y
     else:
         slope = 1.0 - 2.0 * target
         value = slope * z

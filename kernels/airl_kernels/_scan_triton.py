@@ -1,99 +1,191 @@
 """Triton kernels of returns and advantages. The mathematics is in `returns.py`.
 
-All of it is the segmented recurrence y_t = x_t + a_t·y_{t±1}, scanned by `tl.associative_scan` a block at a time with
-a carry between blocks. Two ways to run it:
-- one program a sequence, block after block, reading every reward once (`_scan_kernel`); group statistics, when
-  asked for, are recomputed by each program from the last tokens, so standardising costs no second launch;
-- few long sequences do not fill a GPU that way. Their blocks are scanned independently into (product, sum) pairs
-  (`_summary_kernel`), the pairs are scanned by one program (`_carry_kernel`), and a second pass over the blocks
-  finishes (`_finish_kernel`): 12 bytes a token instead of 8, and every block in parallel.
-Blocks lie at multiples of their size in memory, so that a block inside a sequence moves in 16-byte loads; only the
-blocks at a sequence's ends are masked. Offsets are int64, numbers float32. float64 inputs run the plain formula.
+All of it is the segmented recurrence y_t = x_t + a_t·y_{t±1}. Two ways to run it:
+- one program a sequence, tile after tile with a carry, reading every number once while the next tiles are on their
+  way (`_scan_kernel`); group statistics, when asked for, are recomputed by each program from the last tokens, so
+  standardising costs no second launch;
+- few long sequences do not fill a GPU that way. Their tiles are scanned independently into (product, sum) pairs
+  (`_summary_kernel`), the pairs are scanned by one program (`_carry_kernel`), and a second pass over the tiles
+  finishes (`_finish_kernel`): 12 bytes a token instead of 8, and every tile in parallel.
+
+A tile is G lanes of eight neighbouring tokens, loaded as two quads [G, 4] of 16 bytes a lane, lanes and quads in the
+order of the scan. So the scan runs forwards over lanes whichever way it runs in memory, and within a lane it is eight
+steps on registers. (Triton's `reverse=True` exchanges every number with its mirror image, through ten shuffles each;
+with fewer tokens a lane the kernel is bound by instructions, not by memory.) Tiles start at multiples of 4 tokens in
+memory, so that all loads are whole; only a store at a sequence's ends is masked by token.
+Offsets are int64, numbers float32. float64 inputs run the plain formula.
 """
 
 import triton
 import triton.language as tl
 
-# What a kernel takes for x_t and a_t.
-DISCOUNT = 0  # x = reward, a = gamma on valid tokens, 1 on masked ones
-HOLD = 1  # x = value on valid tokens, a = 0 there and 1 on masked ones: the value of the nearest valid token
-STANDARDISE = 2  # x = (reward - mean) * scale of the sequence's group, a = gamma
-TD_ERROR = 3  # x = reward + gamma * following - value, a = gamma * lambda; also writes y + value
+# What a kernel makes of its inputs; a is 1 on masked tokens, which therefore hand on what they receive.
+DISCOUNT = 0  # x = reward, a = gamma
+STANDARDISE = 1  # x = (reward - mean) * scale of the sequence's group, a = gamma
+GAE = 2  # in: rewards, values; out: advantages, returns. See `_gae_terms`.
+GAE_BACKWARD = 3  # in: d advantages, d returns; out: d rewards, d values; x = their sum, a = gamma * lambda
+
+
+_COUNTS = ["num_tokens", "num_sequences", "num_tiles", "length"]  # change from step to step: compiled once for all
 
 
 # ---- device functions ------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _apply(a, b, y):
+    """b + a·y. A product that reached 0 forgets, infinities included."""
+    return b + tl.where(a != 0.0, a * y, 0.0)
+
+
+@triton.jit
 def _then(a1, b1, a2, b2):
-    """(a2, b2) after (a1, b1), as maps y -> b + a·y. A product that reached 0 forgets, infinities included."""
-    return a1 * a2, b2 + tl.where(a2 != 0.0, a2 * b1, 0.0)
+    """(a2, b2) after (a1, b1), as maps y -> b + a·y."""
+    return a1 * a2, _apply(a2, b2, b1)
+
+
+@triton.jit
+def _in_order(x, REVERSE: tl.constexpr, G: tl.constexpr):
+    """The columns of [G, 4] as the scan meets them, [G] each."""
+    even, odd = tl.split(tl.reshape(x, [G, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return (x3, x2, x1, x0) if REVERSE else (x0, x1, x2, x3)
+
+
+@triton.jit
+def _in_place(x, REVERSE: tl.constexpr, G: tl.constexpr):
+    """The inverse of `_in_order`."""
+    x0, x1, x2, x3 = (x[3], x[2], x[1], x[0]) if REVERSE else x
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [G, 4])
+
+
+@triton.jit
+def _step(a, b, y, FORGETS: tl.constexpr):
+    """One token: `_apply`, cheaper where factors of single tokens are known not to be 0."""
+    return _apply(a, b, y) if FORGETS else b + a * y
+
+
+@triton.jit
+def _quad_map(a, b, REVERSE: tl.constexpr, G: tl.constexpr, FORGETS: tl.constexpr):
+    """The maps of a quad's four tokens as one, [G]."""
+    a, b = _in_order(a, REVERSE, G), _in_order(b, REVERSE, G)
+    y = _step(a[1], b[1], b[0], FORGETS)
+    y = _step(a[2], b[2], y, FORGETS)
+    return a[0] * a[1] * a[2] * a[3], _step(a[3], b[3], y, FORGETS)
+
+
+@triton.jit
+def _follow(a, b, entry, REVERSE: tl.constexpr, G: tl.constexpr, FORGETS: tl.constexpr):
+    """(y, z, leave) of a quad entered with `entry` [G]; z is the y that a token receives, leave [G] its last y."""
+    a, b = _in_order(a, REVERSE, G), _in_order(b, REVERSE, G)
+    y0 = _step(a[0], b[0], entry, FORGETS)
+    y1 = _step(a[1], b[1], y0, FORGETS)
+    y2 = _step(a[2], b[2], y1, FORGETS)
+    y3 = _step(a[3], b[3], y2, FORGETS)
+    return _in_place((y0, y1, y2, y3), REVERSE, G), _in_place((entry, y0, y1, y2), REVERSE, G), y3
+
+
+@triton.jit
+def _entries(totals, carry, G: tl.constexpr):
+    """What each lane is entered with: what the lane before left, `carry` for the first."""
+    lanes = tl.arange(0, G)
+    return tl.where(lanes == 0, carry, tl.gather(totals, tl.maximum(lanes - 1, 0), 0))
+
+
+@triton.jit
+def _last(numbers, G: tl.constexpr):
+    """[G] filled with the last of `numbers` [G]: a read, where a sum would take a reduction."""
+    return tl.gather(numbers, tl.full([G], G - 1, tl.int32), 0)
+
+
+@triton.jit
+def _quad(which: tl.constexpr, REVERSE: tl.constexpr, G: tl.constexpr):
+    """[G, 1]: where in the tile the first or second quad of every lane starts, as the scan meets them."""
+    lanes = tl.arange(0, G)
+    return ((G - 1 - lanes if REVERSE else lanes) * 8 + (1 - which if REVERSE else which) * 4)[:, None]
+
+
+@triton.jit
+def _places(quad, first, stop, left):
+    """(at, near, inside, rest) of a quad: its places in the tile, whether its lane has any token of the sequence
+    and all of the tensor, whether a token is of the sequence, and whether the tensor ends in this tile."""
+    at = quad + tl.arange(0, 4)[None, :]
+    near = (quad + 3 >= first) & (quad < stop) & (quad + 3 < left)
+    return at, near & (at >= 0), (at >= first) & (at < stop), left < 8 * quad.shape[0]
+
+
+@triton.jit
+def _read(pointer, base, at, near, inside, rest):
+    """The quads at `base`, by whole lanes (`near`); at the end of the tensor (`rest`) the last few by themselves.
+
+    The base is added to the pointer, a scalar, so that lanes carry 32-bit offsets.
+    """
+    found = tl.load(pointer + base + at, mask=near, other=0)
+    if rest:
+        found = tl.load(pointer + base + at, mask=inside, other=0)
+    return found
+
+
+@triton.jit
+def _times(factor, x):
+    return tl.where(factor != 0.0, factor * x, 0.0)
 
 
 @triton.jit
 def _terms(
-    x, values, following, mask, base, lane, inside, has_next, mean, scale, gamma, lam,
-    KIND: tl.constexpr, MASKED: tl.constexpr,
+    x, second, mask, base, at, near, inside, rest, mean, scale, gamma, lam, KIND: tl.constexpr
 ):  # fmt: skip
-    """(a, b, valid) at positions base + lane; outside the sequence (`inside` false) the identity (1, 0).
+    """(a, b, valid, first input, second input) of a quad; outside the sequence (`inside` false) the identity (1, 0).
 
-    has_next: whether the next position belongs to the same sequence. The base is added to the pointers, a scalar,
-    so that lanes carry 32-bit offsets.
+    GAE without a second scan for the value of the next valid token: with Z_t what token t is worth to the valid one
+    before it, Z_t = γ·((1-λ)·V_t + λ·(r_t + Z_{t+1})), so b = γλ·r + γ(1-λ)·V and a = γλ. Then the return of t is
+    r_t + Z_{t+1} and its advantage that less V_t.
     """
-    b = tl.load(x + base + lane, mask=inside, other=0.0) if MASKED else tl.load(x + base + lane)
+    b = _read(x, base, at, near, inside, rest)
     valid = inside
     if mask is not None:
-        if MASKED:
-            valid = inside & (tl.load(mask + base + lane, mask=inside, other=0) != 0)
-        else:
-            valid = tl.load(mask + base + lane) != 0
+        valid = inside & (_read(mask, base, at, near, inside, rest) != 0)
+    one, two = b, b
     factor = gamma
     if KIND == 1:
-        factor = 0.0
-    elif KIND == 2:
         b = tl.where(scale != 0.0, (b - mean) * scale, 0.0)
-    elif KIND == 3:
-        next_value = tl.load(following + base + 1 + lane, mask=inside & has_next, other=0.0)
-        b = b + gamma * next_value - tl.load(values + base + lane, mask=inside, other=0.0)
+    elif KIND >= 2:
+        two = _read(second, base, at, near, inside, rest)
         factor = gamma * lam
-    return tl.where(valid, factor, 1.0), tl.where(valid, b, 0.0), valid
+        b = _times(factor, one) + _times(gamma * (1.0 - lam), two) if KIND == 2 else one + two
+    return tl.where(valid, factor, 1.0), tl.where(valid, b, 0.0), valid, one, two
 
 
 @triton.jit
-def _store(y, valid, values, mask, out, out_returns, base, lane, inside, KIND: tl.constexpr, MASKED: tl.constexpr):
-    result = y
-    if mask is not None and KIND != 1:  # HOLD is read at masked positions
-        result = tl.where(valid, y, 0.0)
-    if MASKED:
-        tl.store(out + base + lane, result, mask=inside)
+def _store(out, second_out, base, at, inside, whole, y, z, valid, one, two, gamma, KIND: tl.constexpr):
+    """What the kind of scan gives from y, the recurrence at the token, and z, that at the one before."""
+    if KIND == 2:
+        second = one + z
+        first = second - two
     else:
-        tl.store(out + base + lane, result)
-    if KIND == 3:
-        value = tl.load(values + base + lane, mask=inside, other=0.0)
-        tl.store(out_returns + base + lane, tl.where(valid, y + value, 0.0), mask=inside)
+        first = y
+        second = two - y + _times(gamma, z)
+    first, second = tl.where(valid, first, 0.0), tl.where(valid, second, 0.0)
+    if whole:
+        tl.store(out + base + at, first)
+        if KIND >= 2:
+            tl.store(second_out + base + at, second)
+    else:
+        tl.store(out + base + at, first, mask=inside)
+        if KIND >= 2:
+            tl.store(second_out + base + at, second, mask=inside)
 
 
 @triton.jit
-def _scan_block(
-    x, values, following, mask, out, out_returns, base, start, end, carry, mean, scale, gamma, lam,
-    KIND: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scan [base, base + BLOCK) within [start, end), store, and return the carry for the block that comes after."""
-    lane = tl.arange(0, BLOCK)
-    first, stop = (start - base).to(tl.int32), (end - base).to(tl.int32)
-    inside = (lane >= first) & (lane < stop)
-    a, b, valid = _terms(
-        x, values, following, mask, base, lane, inside, lane + 1 < stop, mean, scale, gamma, lam, KIND, MASKED
-    )
-    a, b = tl.associative_scan((a, b), 0, _then, reverse=REVERSE)
-    y = b + tl.where(a != 0.0, a * carry, 0.0)
-    _store(y, valid, values, mask, out, out_returns, base, lane, inside, KIND, MASKED)
-    return tl.sum(tl.where(lane == (0 if REVERSE else BLOCK - 1), y, 0.0))
-
-
-@triton.jit
-def _sequence(cu_seqlens, sequence):
-    return tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+def _bounds(cu_seqlens, length, sequence):
+    if cu_seqlens is None:
+        start = sequence.to(tl.int64) * length
+        end = start + length
+    else:
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    return start, end
 
 
 @triton.jit
@@ -154,41 +246,52 @@ def _group_statistics(
 # ---- kernels ---------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _scan_kernel(
-    x, values, following, mask, moments, cu_seqlens, group, out, out_returns, num_sequences, gamma, lam, eps, min_std,
-    KIND: tl.constexpr, REVERSE: tl.constexpr, MEAN_OF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+    x, second, mask, moments, cu_seqlens, group, out, second_out, num_tokens, num_sequences, length,
+    gamma, lam, eps, min_std,
+    KIND: tl.constexpr, REVERSE: tl.constexpr, MEAN_OF: tl.constexpr, FORGETS: tl.constexpr, G: tl.constexpr,
+    BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence."""
+    """One program a sequence. Without cu_seqlens all sequences have `length` tokens."""
     sequence = tl.program_id(0)
-    start, end = _sequence(cu_seqlens, sequence)
+    start, end = _bounds(cu_seqlens, length, sequence)
     mean, scale = 0.0, 1.0
-    if KIND == 2:
+    if KIND == 1:
         mean, scale = _group_statistics(
             x, moments, cu_seqlens, group, sequence, num_sequences, eps, min_std, MEAN_OF, BLOCK_S
         )
-    first = start // BLOCK
-    blocks = tl.where(end > start, (end - 1) // BLOCK - first + 1, 0)
-    carry = 0.0
-    for step in range(blocks):
-        base = (first + (blocks - 1 - step if REVERSE else step)) * BLOCK
-        if (base >= start) & (base + BLOCK <= end):
-            carry = _scan_block(
-                x, values, following, mask, out, out_returns, base, start, end, carry, mean, scale, gamma, lam,
-                KIND, REVERSE, False, BLOCK,
-            )  # fmt: skip
-        else:
-            carry = _scan_block(
-                x, values, following, mask, out, out_returns, base, start, end, carry, mean, scale, gamma, lam,
-                KIND, REVERSE, True, BLOCK,
-            )  # fmt: skip
+    early, late = _quad(0, REVERSE, G), _quad(1, REVERSE, G)
+    origin = start // 4 * 4
+    tiles = tl.where(end > start, tl.cdiv(end - origin, 8 * G), 0).to(tl.int32)
+    carry = tl.full([G], 0.0, tl.float32)
+    for step in tl.range(0, tiles, num_stages=STAGES):
+        base = tl.multiple_of(origin + (tiles - 1 - step if REVERSE else step) * (8 * G), 4)
+        first, stop, left = (start - base).to(tl.int32), (end - base).to(tl.int32), num_tokens - base
+        at0, near0, inside0, rest = _places(early, first, stop, left)
+        at1, near1, inside1, rest = _places(late, first, stop, left)
+        a0, b0, valid0, one0, two0 = _terms(
+            x, second, mask, base, at0, near0, inside0, rest, mean, scale, gamma, lam, KIND
+        )
+        a1, b1, valid1, one1, two1 = _terms(
+            x, second, mask, base, at1, near1, inside1, rest, mean, scale, gamma, lam, KIND
+        )
+        lane_a, lane_b = _then(*_quad_map(a0, b0, REVERSE, G, FORGETS), *_quad_map(a1, b1, REVERSE, G, FORGETS))
+        lane_a, lane_b = tl.associative_scan((lane_a, lane_b), 0, _then)
+        totals = _apply(lane_a, lane_b, carry)
+        y0, z0, middle = _follow(a0, b0, _entries(totals, carry, G), REVERSE, G, FORGETS)
+        y1, z1, _ = _follow(a1, b1, middle, REVERSE, G, FORGETS)
+        carry = _last(totals, G)
+        whole = (base >= start) & (base + 8 * G <= end)
+        _store(out, second_out, base, at0, inside0, whole, y0, z0, valid0, one0, two0, gamma, KIND)
+        _store(out, second_out, base, at1, inside1, whole, y1, z1, valid1, one1, two1, gamma, KIND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _moments_kernel(rewards, cu_seqlens, moments, num_sequences, BLOCK: tl.constexpr):
     """Mean, sum of squared deviations, least and greatest reward of every sequence."""
     sequence = tl.program_id(0)
-    start, end = _sequence(cu_seqlens, sequence)
+    start, end = _bounds(cu_seqlens, 0, sequence)
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     lows = tl.full([BLOCK], float("inf"), tl.float32)
@@ -212,80 +315,77 @@ def _moments_kernel(rewards, cu_seqlens, moments, num_sequences, BLOCK: tl.const
 
 
 @triton.jit
-def _scan_across(
-    x, values, following, mask, starts, base, lane, inside, gamma, lam,
-    KIND: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """Scan a block that may hold several sequences: the factor is 0 where the scan enters a sequence."""
-    has_next = tl.load(starts + base + 1 + lane, mask=inside, other=1) == 0
-    a, b, valid = _terms(x, values, following, mask, base, lane, inside, has_next, 0.0, 1.0, gamma, lam, KIND, True)
-    if REVERSE:
-        a = tl.where(inside & (has_next == 0), 0.0, a)
-    else:
-        a = tl.where(tl.load(starts + base + lane, mask=inside, other=0) != 0, 0.0, a)
-    a, b = tl.associative_scan((a, b), 0, _then, reverse=REVERSE)
-    return a, b, valid
+def _terms_across(
+    x, second, mask, starts, num_tokens, base, quad, gamma, lam, KIND: tl.constexpr, REVERSE: tl.constexpr
+):
+    """`_terms` of a quad where sequences may meet: nothing is handed on from one to the next.
+
+    Adds `fresh` (whether a token is the first that the scan meets of its sequence), `at` and `inside`.
+    """
+    at, near, inside, rest = _places(quad, 0, tl.minimum(num_tokens - base, 1 << 30).to(tl.int32), num_tokens - base)
+    a, b, valid, one, two = _terms(x, second, mask, base, at, near, inside, rest, 0.0, 1.0, gamma, lam, KIND)
+    fresh = inside & (tl.load(starts + base + at + (1 if REVERSE else 0), mask=inside, other=0) != 0)
+    return tl.where(fresh, 0.0, a), b, valid, one, two, fresh, at, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _summary_kernel(
-    x, values, following, mask, starts, products, sums, num_tokens, gamma, lam,
-    KIND: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    x, second, mask, starts, products, sums, num_tokens, gamma, lam,
+    KIND: tl.constexpr, REVERSE: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """The whole block as one map y -> sum + product·y."""
-    block = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    base = block.to(tl.int64) * BLOCK
-    inside = lane < num_tokens - base
-    a, b, _ = _scan_across(x, values, following, mask, starts, base, lane, inside, gamma, lam, KIND, REVERSE)
-    last = lane == (0 if REVERSE else BLOCK - 1)
-    tl.store(products + block, tl.sum(tl.where(last, a, 0.0)))
-    tl.store(sums + block, tl.sum(tl.where(last, b, 0.0)))
+    """The whole tile as one map y -> sum + product·y, kept in the order of the scan."""
+    tile = tl.program_id(0)
+    base = tile.to(tl.int64) * (8 * G)
+    a0, b0, _, _, _, _, _, _ = _terms_across(
+        x, second, mask, starts, num_tokens, base, _quad(0, REVERSE, G), gamma, lam, KIND, REVERSE
+    )
+    a1, b1, _, _, _, _, _, _ = _terms_across(
+        x, second, mask, starts, num_tokens, base, _quad(1, REVERSE, G), gamma, lam, KIND, REVERSE
+    )
+    lane_a, lane_b = _then(*_quad_map(a0, b0, REVERSE, G, True), *_quad_map(a1, b1, REVERSE, G, True))
+    lane_a, lane_b = tl.associative_scan((lane_a, lane_b), 0, _then)
+    place = tl.num_programs(0) - 1 - tile if REVERSE else tile
+    last = tl.arange(0, G) == G - 1
+    tl.store(products + place, tl.sum(tl.where(last, lane_a, 0.0)))
+    tl.store(sums + place, tl.sum(tl.where(last, lane_b, 0.0)))
 
 
-@triton.jit
-def _carry_kernel(products, sums, carries, num_blocks, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """The recurrence over blocks, by one program: carries[block] is y where the scan leaves the block."""
-    lane = tl.arange(0, BLOCK)
-    rounds = tl.cdiv(num_blocks, BLOCK)
-    carry = 0.0
-    for step in range(rounds):
-        at = (rounds - 1 - step if REVERSE else step) * BLOCK + lane
-        inside = at < num_blocks
-        a = tl.load(products + at, mask=inside, other=1.0)
-        b = tl.load(sums + at, mask=inside, other=0.0)
-        a, b = tl.associative_scan((a, b), 0, _then, reverse=REVERSE)
-        y = b + tl.where(a != 0.0, a * carry, 0.0)
-        tl.store(carries + at, y, mask=inside)
-        carry = tl.sum(tl.where(lane == (0 if REVERSE else BLOCK - 1), y, 0.0))
+@triton.jit(do_not_specialize=_COUNTS)
+def _carry_kernel(products, sums, carries, num_tiles, BLOCK: tl.constexpr):
+    """The recurrence over tiles, by one program: carries[i] is y where the scan leaves its i-th tile."""
+    carry = tl.full([BLOCK], 0.0, tl.float32)
+    for first in range(0, num_tiles, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        a = tl.load(products + at, mask=at < num_tiles, other=1.0)
+        b = tl.load(sums + at, mask=at < num_tiles, other=0.0)
+        a, b = tl.associative_scan((a, b), 0, _then)
+        y = _apply(a, b, carry)
+        tl.store(carries + at, y, mask=at < num_tiles)
+        carry = _last(y, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _finish_kernel(
-    x, values, following, mask, starts, carries, out, out_returns, num_tokens, num_blocks, gamma, lam,
-    KIND: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    x, second, mask, starts, carries, out, second_out, num_tokens, gamma, lam,
+    KIND: tl.constexpr, REVERSE: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """The second pass over the blocks, last summarised first: what the caches still hold is read first."""
-    block = num_blocks - 1 - tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    base = block.to(tl.int64) * BLOCK
-    inside = lane < num_tokens - base
-    a, b, valid = _scan_across(x, values, following, mask, starts, base, lane, inside, gamma, lam, KIND, REVERSE)
-    before = block + 1 if REVERSE else block - 1
-    carry = tl.load(carries + before, mask=(before >= 0) & (before < num_blocks), other=0.0)
-    y = b + tl.where(a != 0.0, a * carry, 0.0)
-    _store(y, valid, values, mask, out, out_returns, base, lane, inside, KIND, True)
-
-
-@triton.jit
-def _value_gradient_kernel(d_errors, held, d_returns, mask, starts, d_values, num_tokens, gamma, BLOCK: tl.constexpr):
-    """d V_t = d returns_t - e_t + gamma * e of the previous valid token."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < num_tokens
-    inner = inside & (tl.load(starts + at, mask=inside, other=1) == 0)
-    previous = tl.load(held + at - 1, mask=inner, other=0.0)
-    error = tl.load(d_errors + at, mask=inside, other=0.0)
-    gradient = tl.load(d_returns + at, mask=inside, other=0.0) - error + gamma * previous
-    if mask is not None:
-        gradient = tl.where(tl.load(mask + at, mask=inside, other=0) != 0, gradient, 0.0)
-    tl.store(d_values + at, gradient, mask=inside)
+    """The second pass over the tiles, last summarised first: what the caches still hold is read first."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    base = tile.to(tl.int64) * (8 * G)
+    a0, b0, valid0, one0, two0, fresh0, at0, inside0 = _terms_across(
+        x, second, mask, starts, num_tokens, base, _quad(0, REVERSE, G), gamma, lam, KIND, REVERSE
+    )
+    a1, b1, valid1, one1, two1, fresh1, at1, inside1 = _terms_across(
+        x, second, mask, starts, num_tokens, base, _quad(1, REVERSE, G), gamma, lam, KIND, REVERSE
+    )
+    place = tl.program_id(0) if REVERSE else tile
+    carry = tl.load(carries + place - 1, mask=place > 0, other=0.0)
+    lane_a, lane_b = _then(*_quad_map(a0, b0, REVERSE, G, True), *_quad_map(a1, b1, REVERSE, G, True))
+    lane_a, lane_b = tl.associative_scan((lane_a, lane_b), 0, _then)
+    entry = _entries(_apply(lane_a, lane_b, carry), carry, G)
+    y0, z0, middle = _follow(a0, b0, entry, REVERSE, G, True)
+    y1, z1, _ = _follow(a1, b1, middle, REVERSE, G, True)
+    z0, z1 = tl.where(fresh0, 0.0, z0), tl.where(fresh1, 0.0, z1)
+    whole = base + 8 * G <= num_tokens
+    _store(out, second_out, base, at0, inside0, whole, y0, z0, valid0, one0, two0, gamma, KIND)
+    _store(out, second_out, base, at1, inside1, whole, y1, z1, valid1, one1, two1, gamma, KIND)

@@ -20,26 +20,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ._residency import Multiprocessor
+
 FAMILIES = ("token_head", "returns", "logprob", "policy_loss", "_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chip:
-    """Limits of one streaming multiprocessor (CUDA C++ programming guide, table of compute capabilities)."""
-
     name: str
-    shared_per_sm: int
     shared_per_block: int
-    registers_per_sm: int = 65536
-    warps_per_sm: int = 64
-    blocks_per_sm: int = 32
-    shared_reserved_per_block: int = 1024
+    multiprocessor: Multiprocessor
 
 
 CHIPS = {
-    80: Chip(name="A100", shared_per_sm=164 * 1024, shared_per_block=163 * 1024),
-    90: Chip(name="H100/H200", shared_per_sm=228 * 1024, shared_per_block=227 * 1024),
-    100: Chip(name="B200", shared_per_sm=228 * 1024, shared_per_block=227 * 1024),
+    80: Chip(name="A100", shared_per_block=163 * 1024, multiprocessor=Multiprocessor(shared=164 * 1024)),
+    90: Chip(name="H100/H200", shared_per_block=227 * 1024, multiprocessor=Multiprocessor(shared=228 * 1024)),
+    100: Chip(name="B200", shared_per_block=227 * 1024, multiprocessor=Multiprocessor(shared=228 * 1024)),
 }
 
 
@@ -73,13 +69,9 @@ class KernelReport:
 
 
 def occupancy(arch: int, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """Resident warps over the most the chip holds. Registers are handed out per warp in units of 256."""
-    chip = CHIPS[arch]
-    registers_per_warp = -(-registers * 32 // 256) * 256
-    by_registers = chip.registers_per_sm // (registers_per_warp * num_warps)
-    by_shared = chip.shared_per_sm // (shared_bytes + chip.shared_reserved_per_block)
-    blocks = min(by_registers, by_shared, chip.warps_per_sm // num_warps, chip.blocks_per_sm)
-    return blocks * num_warps / chip.warps_per_sm
+    """Resident warps over the most the chip holds."""
+    limits = CHIPS[arch].multiprocessor
+    return limits.resident(num_warps, registers, shared_bytes) * num_warps / limits.warps
 
 
 def cross_compile(name: str, call: Callable[[], object], arch: int) -> list[KernelReport]:
@@ -138,7 +130,7 @@ class AbsentDevice:
 
 
 def _report(launch: str, kernel, arch: int) -> KernelReport:
-    usage = _resource_usage(kernel.asm["cubin"])
+    usage = resource_usage(kernel.asm["cubin"])
     meta = kernel.metadata
     return KernelReport(
         launch=launch,
@@ -154,7 +146,7 @@ def _report(launch: str, kernel, arch: int) -> KernelReport:
 
 
 @functools.cache
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def resource_usage(cubin: bytes) -> dict[str, int]:
     """The numbers of `cuobjdump -res-usage` for a cubin of one kernel."""
     from triton import knobs
 

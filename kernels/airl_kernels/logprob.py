@@ -23,9 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._chunking import Gradients, chunk_slices, logit_chunks
+from ._chunking import Gradients, Head, logit_chunks, make_head
 from ._common import (
     accumulate_dtype,
+    autocast_dtype,
     define_op,
     require_dtype,
     require_floating,
@@ -102,8 +103,9 @@ def logit_gradient_(
     entropy: Tensor | None,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
+    out: Tensor | None = None,
 ) -> None:
-    """Overwrite logits [C, V] by g · (onehot_y - p) · dz/dx - e · p · (log p + H) · dz/dx.
+    """Overwrite logits [C, V], or `out` [C, V], by g · (onehot_y - p) · dz/dx - e · p · (log p + H) · dz/dx.
 
     g = grad_logprob [C] (None: 1 everywhere), e = grad_entropy [C] (None: 0, and then `entropy` is not read).
     A row whose g and e are both 0 becomes 0, whatever its logits were.
@@ -122,27 +124,26 @@ def logit_gradient_(
     if not isinstance(slope, float) or slope != 1.0:
         gradient.mul_(slope)
     gradient.index_fill_(0, dead.nonzero()[:, 0], 0.0)
-    if gradient is not logits:
-        logits.copy_(gradient)
+    target = logits if out is None else out
+    if gradient is not target:
+        target.copy_(gradient)
 
 
 def logprob_forward(
     kernels: ModuleType | type,
-    hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
     mapping: LogitMap,
     entropy: bool,
     jacobian: bool,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(log p [M], entropy [M] or [0], max [M], log-sum [M], J [M, H] or [0]); `kernels` holds the row kernels."""
-    dtype = accumulate_dtype(hidden)
+    hidden, dtype = head.hidden, accumulate_dtype(head.hidden)
     logprob, row_max, log_sum = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
     entropies = torch.empty_like(logprob) if entropy else logprob.new_empty(0)
-    jac = Gradients(kernels, hidden, weight, bias, (jacobian, False, False))
-    for part, logits in logit_chunks(hidden, weight, bias, chunk_slices(hidden, weight, chunk_rows)):
+    jac = Gradients(kernels, head, 0, (jacobian, False, False))
+    for part, logits in logit_chunks(head, chunk_rows):
         norms = row_max[part], log_sum[part], entropies[part] if entropy else None
         kernels.row_stats(logits, targets[part], mapping, logprob[part], *norms)
         if jacobian:
@@ -158,15 +159,19 @@ def logprob_backward(
     grad_entropy: Tensor | None,
     mapping: LogitMap,
     chunk_rows: int,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d hidden, d weight, d bias), empty where not needed, with the logits made a second time."""
-    hidden, weight, bias = gradients.inputs
+    """(d hidden, d weight, d bias), empty where not needed, with the logits made a second time.
+
+    weight, bias: as they were given, for the types of their gradients.
+    """
     g = torch.zeros_like(norms[0]) if grad_logprob is None else grad_logprob.contiguous()
     e = None if grad_entropy is None else grad_entropy.contiguous()
-    for part, logits in logit_chunks(hidden, weight, bias, chunk_slices(hidden, weight, chunk_rows)):
+    for part, logits in logit_chunks(gradients.head, chunk_rows):
         gradients.add(part, logits, targets, mapping, *norms, g, e)
     d_hidden, d_weight, d_bias = gradients.finish()
-    return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    return d_hidden, d_weight.to(weight.dtype), d_bias.to((weight if bias is None else bias).dtype)
 
 
 def scale_rows(matrix: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,16 +206,18 @@ def linear_logprob_reference(
     entropy: bool,
     jacobian: bool,
     chunk_rows: int,
+    num_tokens: int,
+    fp32_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    settings = LogitMap(*mapping), entropy, jacobian, chunk_rows
-    return logprob_forward(Reference, hidden, weight, targets, bias, *settings)
+    head = make_head(hidden, weight, bias, num_tokens, fp32_logits)
+    return logprob_forward(Reference, head, targets, LogitMap(*mapping), entropy, jacobian, chunk_rows)
 
 
 _linear_logprob = define_op("logprob", linear_logprob_reference)
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, mapping, entropy, jacobian, chunk_rows):
+def _(hidden, weight, targets, bias, mapping, entropy, jacobian, chunk_rows, num_tokens, fp32_logits):
     per_row = [hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden)) for _ in range(3)]
     entropies = per_row[0].new_empty(hidden.shape[0] if entropy else 0)
     return per_row[0], entropies, per_row[1], per_row[2], hidden.new_empty(hidden.shape if jacobian else 0)
@@ -229,21 +236,25 @@ def linear_logprob_backward_reference(
     mapping: Sequence[float],
     needs: Sequence[bool],
     chunk_rows: int,
+    num_tokens: int,
+    fp32_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = Gradients(Reference, hidden, weight, bias, needs)
-    norms = row_max, log_sum, entropy
-    return logprob_backward(gradients, targets, norms, grad_logprob, grad_entropy, LogitMap(*mapping), chunk_rows)
+    head = make_head(hidden, weight, bias, num_tokens, fp32_logits)
+    gradients, norms = Gradients(Reference, head, weight.shape[0], needs), (row_max, log_sum, entropy)
+    slopes = grad_logprob, grad_entropy
+    return logprob_backward(gradients, targets, norms, *slopes, LogitMap(*mapping), chunk_rows, weight, bias)
 
 
 _linear_logprob_backward = define_op("logprob", linear_logprob_backward_reference)
 
 
 @_linear_logprob_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, targets, bias, row_max, log_sum, entropy, mapping, needs, chunk_rows):
+def _(grad_logprob, grad_entropy, hidden, weight, targets, bias, row_max, log_sum, entropy, mapping, needs,
+      chunk_rows, num_tokens, fp32_logits):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else 0),
         weight.new_empty(weight.shape if needs[1] else 0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
+        (weight if bias is None else bias).new_empty(weight.shape[0] if needs[2] else 0),
     )
 
 
@@ -260,7 +271,7 @@ def _(matrix, factors, dtype):
 
 
 def _logprob_setup(ctx, inputs, output) -> None:
-    hidden, weight, targets, bias, ctx.mapping, ctx.entropy, ctx.jacobian, ctx.chunk_rows = inputs
+    hidden, weight, targets, bias, ctx.mapping, ctx.entropy, ctx.jacobian, *ctx.layout = inputs
     _, entropy, row_max, log_sum, jac = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(row_max, log_sum, jac, *(() if ctx.entropy else (entropy,)))
@@ -276,9 +287,9 @@ def _logprob_backward(ctx, grad_logprob, grad_entropy, *_ignored):
     elif ctx.jacobian and grad_entropy is None:
         d_hidden, d_weight, d_bias = scaled(jac, grad_logprob, jac.dtype), None, None
     else:
-        gradients = _linear_logprob_backward(grad_logprob, grad_entropy, *recompute, ctx.mapping, need, ctx.chunk_rows)
+        gradients = _linear_logprob_backward(grad_logprob, grad_entropy, *recompute, ctx.mapping, need, *ctx.layout)
         d_hidden, d_weight, d_bias = (g if wanted else None for g, wanted in zip(gradients, need, strict=True))
-    return d_hidden, d_weight, None, d_bias, *(None,) * 4
+    return d_hidden, d_weight, None, d_bias, *(None,) * 6
 
 
 _linear_logprob.register_autograd(_logprob_backward, setup_context=_logprob_setup)
@@ -299,47 +310,58 @@ def linear_logprob(
     rows: Tensor | None = None,
     entropy: bool = False,
     chunk_rows: int | None = None,
+    num_tokens: int | None = None,
+    fp32_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of `targets` under softmax of the vocabulary projection of `hidden`.
 
-    hidden: [N, H]. weight: [V, H], same dtype. bias: [V] or None, same dtype.
+    hidden: [N, H]. weight: [V, H], same dtype. bias: [V] or None, same dtype. Inside autocast all three may differ
+    (but for float64): products are in autocast's dtype, sums in float32, every gradient in its tensor's dtype; that
+    of the weight is never rounded to autocast's.
     rows: int64 [M], the rows of hidden that count; the others reach no matrix product, and targets is [M]. In any
     order, and a row may come several times: its gradient is the sum, taken in a fixed order in fp32.
-    targets: int64 [M] (or [N] without rows), within 0 and V-1. One outside raises IndexError or RuntimeError on
-    the CPU and gives NaN on CUDA, where raising would synchronise.
+    targets: int64 [M] (or [N] without rows), within 0 and V-1 (num_tokens-1). One outside raises IndexError or
+    RuntimeError on the CPU and gives NaN on CUDA, where raising would synchronise.
     temperature, softcap, logit_scale: see the formula at the top of this file.
     entropy: also return the entropy of each row's distribution, in nats.
     chunk_rows: rows of logits held at once; None chooses from free memory (a fixed budget on the CPU).
+    num_tokens: only the first so many rows of weight and bias are tokens, the rest padding without probability whose
+    gradient is 0. Cheaper than a slice, whose backward pass fills and copies a whole [V, H]. None: all V.
+    fp32_logits: keep the logits in float32. In bfloat16 one near 24 is rounded by up to 0.06. A chunk takes 6 bytes a
+    logit in place of 2, so it holds fewer rows. Always so for float16, whose own logits end at 65,504; a gradient of
+    the logits, rounded to float16 like any other, still ends there.
     Returns float32 [M] (float64 for float64 inputs), or (log-probabilities, entropies).
 
     Products of the size of the vocabulary, forward and backward: 1 without gradients, 2 with a frozen weight and
     bias, 4 with a trainable one. Differentiating the entropy recomputes the logits (4 also when frozen).
     A logit of -inf has probability 0; a row with +inf or NaN gives NaN, as in torch. No second derivatives.
-    Raises TypeError for modules, DTensors, quantised weights and mixed dtypes; ValueError for shapes and ranges.
+    Raises TypeError for modules, DTensors, quantised weights and, outside autocast, mixed dtypes; ValueError for
+    shapes and ranges.
     """
     rows_hidden = check_head(hidden, weight, bias, targets, rows)
     mapping = check_mapping(temperature, softcap, logit_scale)
     training = torch.is_grad_enabled()
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     jacobian = training and frozen and hidden.requires_grad
-    result = _linear_logprob(
-        rows_hidden, weight, targets, bias, mapping, entropy, jacobian, check_chunk_rows(chunk_rows)
-    )
+    layout = check_layout(weight, chunk_rows, num_tokens, fp32_logits)
+    result = _linear_logprob(rows_hidden, weight, targets, bias, mapping, entropy, jacobian, *layout)
     return (result[0], result[1]) if entropy else result[0]
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None) -> Tensor:
-    """Raise for what the ops cannot take; return the rows of hidden that count, [M, H]."""
+    """Raise for what the ops cannot take; return the rows of hidden that count, [M, H], as autocast wants them."""
     require_plain_weight("weight", weight)
     require_floating("hidden", hidden)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must have shape [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}."
         )
-    require_dtype("weight", weight, hidden.dtype)
+    cast = autocast_dtype(hidden)
+    dtypes = [hidden.dtype] if cast is None else [torch.float16, torch.bfloat16, torch.float32]
+    require_dtype("weight", weight, *dtypes)
     if bias is not None:
         require_plain_weight("bias", bias)
-        require_dtype("bias", bias, hidden.dtype)
+        require_dtype("bias", bias, *dtypes)
         require_shape("bias", bias, weight.shape[0])
     require_dtype("targets", targets, torch.int64)
     if rows is not None:
@@ -348,7 +370,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
             raise ValueError(f"rows must have shape [M], got {list(rows.shape)}.")
         hidden = gather_rows(hidden, rows)
     require_shape("targets", targets, hidden.shape[0])
-    return hidden
+    return hidden if cast is None else hidden.to(cast)
 
 
 def check_mapping(temperature: float, softcap: float | None, logit_scale: float) -> LogitMap:
@@ -362,7 +384,12 @@ def check_mapping(temperature: float, softcap: float | None, logit_scale: float)
     return LogitMap(float(temperature), float(softcap or 0.0), float(logit_scale))
 
 
-def check_chunk_rows(chunk_rows: int | None) -> int:
+def check_layout(
+    weight: Tensor, chunk_rows: int | None, num_tokens: int | None, fp32_logits: bool
+) -> tuple[int, int, bool]:
+    """(rows of a chunk, 0 for the budget's; rows of weight that are tokens; fp32_logits), as the ops take them."""
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1 or None, got {chunk_rows}.")
-    return chunk_rows or 0
+    if num_tokens is not None and not 1 <= num_tokens <= weight.shape[0]:
+        raise ValueError(f"num_tokens must be within 1 and the {weight.shape[0]} rows of weight, got {num_tokens}.")
+    return chunk_rows or 0, num_tokens or weight.shape[0], fp32_logits

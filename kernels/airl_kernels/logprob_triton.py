@@ -2,7 +2,7 @@
 
 - `_stats_kernel`     one program per row: maximum, sum of exponentials and entropy in one read (2CV bytes at bf16);
 - `_gradient_kernel`  one program per tile of a row: the logits overwritten by their gradient (4CV bytes), or by
-                      zeros without reading them where the row's gradient is 0;
+                      zeros without reading them where the row's gradient is 0; wider logits keep theirs beside them;
 - `_scale_kernel`     rows of a matrix times one factor each, cast to another type on the way.
 
 Together 6CV bytes, the floor for logits that pass through memory once each way. Exponents come from the maximum and
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._chunking import Gradients
+from ._chunking import Gradients, make_head
 from .logprob import LogitMap, logprob_backward, logprob_forward
 from .selective import selective_forward
 
@@ -99,13 +99,14 @@ def _stats_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits, targets, row_max, log_sum, entropy, grad_logprob, grad_entropy, stride, vocab, inner, outer,
+    logits, gradients, targets, row_max, log_sum, entropy, grad_logprob, grad_entropy, stride, vocab, inner, outer,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
     columns = first + tl.arange(0, BLOCK)
-    tile = logits + row.to(tl.int64) * stride + columns
+    place = row.to(tl.int64) * stride + columns
+    tile = logits + place
     g = 1.0
     live = True
     if grad_logprob is not None:
@@ -132,10 +133,11 @@ def _gradient_kernel(
         gradient *= slope
     else:
         gradient = tl.zeros([BLOCK], dtype=tl.float32)
+    gradient = gradient.to(gradients.dtype.element_ty)
     if first + BLOCK <= vocab:
-        tl.store(tile, gradient.to(logits.dtype.element_ty))
+        tl.store(gradients + place, gradient)
     else:
-        tl.store(tile, gradient.to(logits.dtype.element_ty), mask=columns < vocab)
+        tl.store(gradients + place, gradient, mask=columns < vocab)
 
 
 @triton.jit
@@ -189,16 +191,16 @@ def row_stats(
 
 def logit_gradient_(
     logits: Tensor, targets: Tensor, mapping: LogitMap, row_max: Tensor, log_sum: Tensor, entropy: Tensor | None,
-    grad_logprob: Tensor | None, grad_entropy: Tensor | None,
+    grad_logprob: Tensor | None, grad_entropy: Tensor | None, out: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As `logprob.logit_gradient_`."""
+    """As `logprob.logit_gradient_`; out has the stride of the logits."""
     rows, vocab = logits.shape
     inner, outer, capped = _coefficients(mapping)
     block, warps = gradient_tile(vocab)
     if rows:
         _gradient_kernel[(rows, triton.cdiv(vocab, block))](
-            logits, targets, row_max, log_sum, entropy, grad_logprob, grad_entropy, logits.stride(0), vocab,
-            inner, outer, CAPPED=capped, BLOCK=block, num_warps=warps,
+            logits, logits if out is None else out, targets, row_max, log_sum, entropy, grad_logprob, grad_entropy,
+            logits.stride(0), vocab, inner, outer, CAPPED=capped, BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
 
@@ -222,22 +224,21 @@ def scale_rows(matrix: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, mapping: Sequence[float],
-    entropy: bool, jacobian: bool, chunk_rows: int,
+    entropy: bool, jacobian: bool, chunk_rows: int, num_tokens: int, fp32_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    settings = LogitMap(*mapping), entropy, jacobian, chunk_rows
-    return logprob_forward(_KERNELS, hidden, weight, targets.contiguous(), bias, *settings)
+    head = make_head(hidden, weight, bias, num_tokens, fp32_logits)
+    return logprob_forward(_KERNELS, head, targets.contiguous(), LogitMap(*mapping), entropy, jacobian, chunk_rows)
 
 
 def linear_logprob_backward(
     grad_logprob: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor,
     bias: Tensor | None, row_max: Tensor, log_sum: Tensor, entropy: Tensor, mapping: Sequence[float],
-    needs: Sequence[bool], chunk_rows: int,
+    needs: Sequence[bool], chunk_rows: int, num_tokens: int, fp32_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = Gradients(_KERNELS, hidden, weight, bias, needs)
-    norms = row_max, log_sum, entropy
-    return logprob_backward(
-        gradients, targets.contiguous(), norms, grad_logprob, grad_entropy, LogitMap(*mapping), chunk_rows
-    )
+    head = make_head(hidden, weight, bias, num_tokens, fp32_logits)
+    gradients, norms = Gradients(_KERNELS, head, weight.shape[0], needs), (row_max, log_sum, entropy)
+    settings = grad_logprob, grad_entropy, LogitMap(*mapping), chunk_rows, weight, bias
+    return logprob_backward(gradients, targets.contiguous(), norms, *settings)
 
 
 def selective_log_softmax(
@@ -282,6 +283,14 @@ def shipped_launches() -> dict[str, Callable[[], object]]:
                 launches[f"logit_gradient {kind}"] = lambda x=logits, m=mapping, e=entropy: logit_gradient_(
                     x, targets, m, numbers, numbers, e, numbers, e
                 )
+        if vocab == 151936:  # logits in float32, their gradient beside them
+            deep = torch.empty((rows, vocab), device="meta")
+            launches[f"row_stats V={vocab} fp32"] = lambda x=deep: row_stats(
+                x, targets, plain, numbers, numbers, numbers, numbers
+            )
+            launches[f"logit_gradient V={vocab} fp32"] = lambda x=deep, y=logits: logit_gradient_(
+                x, targets, plain, numbers, numbers, None, numbers, None, y
+            )
         launches[f"jacobian V={vocab}"] = lambda x=logits: logit_gradient_(
             x, targets, plain, numbers, numbers, None, None, None
         )

@@ -32,35 +32,35 @@ class LossTokens:
             raise ValueError(f"variant={variant!r} averages per sequence and needs cu_seqlens, int32 [S+1].")
         return self.cu_seqlens
 
-    def sequence_mean(self, variant: str) -> tuple[Tensor, float]:
-        """(weights f32 [M], 1 / tokens of the own sequence that count; the number of sequences)."""
+    def sequence_mean(self, variant: str) -> tuple[Tensor, Callable[[], float]]:
+        """(weights f32 [M], 1 / tokens of the own sequence that count; what counts the sequences)."""
         cu_seqlens = self.sequences(variant)
         ids = segment_ids(cu_seqlens, self.num_rows)
         if self.mask is None:
             lengths = cu_seqlens.diff()
         else:  # a sum of ones is exact in any order
             lengths = ids.new_zeros(cu_seqlens.numel() - 1).index_add_(0, ids, self.mask.long())
-        return lengths.clamp(min=1).float().reciprocal()[ids], float(max(cu_seqlens.numel() - 1, 1))
+        return lengths.clamp(min=1).float().reciprocal()[ids], lambda: float(max(cu_seqlens.numel() - 1, 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """surrogate: "clip" or "cispo". weights: f32 [M], None for 1.
 
-    denominator: used when the caller gives none; None: the caller must.
+    denominator: called when the caller gives none (it may cost launches); None: the caller must.
 
     sequence_ratio: ρ is the sequence's, exp of the mean log-ratio, instead of the token's.
     """
 
     weights: Tensor | None
-    denominator: Tensor | float | None
+    denominator: Callable[[], Tensor | float] | None
     surrogate: str = "clip"
     sequence_ratio: bool = False
 
 
 def ppo(tokens: LossTokens) -> Recipe:
     """Clipped surrogate, mean over tokens. Schulman et al. 2017, arXiv 1707.06347, eq. 7."""
-    return Recipe(None, tokens.count())
+    return Recipe(None, tokens.count)
 
 
 def grpo(tokens: LossTokens) -> Recipe:
@@ -73,7 +73,7 @@ def dapo(tokens: LossTokens) -> Recipe:
 
     Give the number of loss tokens of the global batch as `denominator` when it is split.
     """
-    return Recipe(None, tokens.count())
+    return Recipe(None, tokens.count)
 
 
 def dr_grpo(tokens: LossTokens) -> Recipe:
@@ -86,12 +86,12 @@ def dr_grpo(tokens: LossTokens) -> Recipe:
 
 def bnpo(tokens: LossTokens) -> Recipe:
     """Clipped surrogate, mean over the tokens of this call only, as in TRL's loss of that name."""
-    return Recipe(None, tokens.count())
+    return Recipe(None, tokens.count)
 
 
 def cispo(tokens: LossTokens) -> Recipe:
     """-clip(ρ)·A·log π with clip(ρ) held constant: no token loses its gradient. MiniMax-M1, arXiv 2506.13585, eq. 4."""
-    return Recipe(None, tokens.count(), surrogate="cispo")
+    return Recipe(None, tokens.count, surrogate="cispo")
 
 
 def gspo(tokens: LossTokens) -> Recipe:

@@ -119,17 +119,32 @@ def next_values(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tens
     return following * (decays(cu_seqlens, None, values, 1.0) != 0)
 
 
+def flat(tensors: tuple[Tensor | None, ...], cu_seqlens: Tensor | None) -> tuple[list[Tensor | None], Tensor]:
+    """[N] each, and checked offsets of the sequences: those of [B, T] where none are given."""
+    first = tensors[0]
+    if cu_seqlens is None:
+        batch, length = first.shape
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=first.device) * length
+    else:
+        check_offsets(cu_seqlens, first.numel())
+    return [None if t is None else t.reshape(-1) for t in tensors], cu_seqlens
+
+
 # ---- discounted_returns: op, fake, autograd --------------------------------------------------------------------
 
 
 def discounted_returns_reference(
-    rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None, gamma: float, adjoint: bool
+    rewards: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, gamma: float, adjoint: bool
 ) -> Tensor:
-    """The returns A_t = Σ_{s>=t} γ^{s-t} r_s within each sequence; `adjoint` is the transpose, its own backward."""
-    check_offsets(cu_seqlens, rewards.numel())
-    x = zero_masked(rewards, mask)
-    decay = decays(cu_seqlens, mask, x, gamma)
-    return zero_masked(adjoint_recurrence(x, decay) if adjoint else recurrence(x, decay), mask).clone()
+    """The returns A_t = Σ_{s>=t} γ^{s-t} r_s within each sequence; `adjoint` is the transpose, its own backward.
+
+    rewards and mask: [N], or [B, T] without cu_seqlens, as in all ops here but `group_advantages`.
+    """
+    (x, kept), cu_seqlens = flat((rewards, mask), cu_seqlens)
+    x = zero_masked(x, kept)
+    decay = decays(cu_seqlens, kept, x, gamma)
+    found = zero_masked(adjoint_recurrence(x, decay) if adjoint else recurrence(x, decay), kept)
+    return found.clone().view(rewards.shape)
 
 
 _discounted_returns = define_op("returns", discounted_returns_reference)
@@ -179,13 +194,14 @@ def _(rewards, cu_seqlens, group, gamma, baseline, eps, min_std):
 
 
 def gae_reference(
-    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, mask: Tensor | None, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """δ_t = r_t + γ·V_{t+1} - V_t;  A_t = Σ_{s>=t} (γλ)^{s-t} δ_s;  returns = A + V."""
-    check_offsets(cu_seqlens, rewards.numel())
-    errors = zero_masked(rewards + gamma * next_values(values, cu_seqlens, mask) - values, mask)
-    advantages = zero_masked(recurrence(errors, decays(cu_seqlens, mask, errors, gamma * lam)), mask)
-    return advantages, advantages + zero_masked(values, mask)
+    (r, v, kept), cu_seqlens = flat((rewards, values, mask), cu_seqlens)
+    errors = zero_masked(r + gamma * next_values(v, cu_seqlens, kept) - v, kept)
+    advantages = zero_masked(recurrence(errors, decays(cu_seqlens, kept, errors, gamma * lam)), kept)
+    returns = advantages + zero_masked(v, kept)
+    return advantages.view(rewards.shape), returns.view(rewards.shape)
 
 
 _gae = define_op("returns", gae_reference)
@@ -198,9 +214,11 @@ def _(rewards, values, cu_seqlens, mask, gamma, lam):
 
 
 def gae_backward_reference(
-    d_advantages: Tensor, d_returns: Tensor, cu_seqlens: Tensor, mask: Tensor | None, gamma: float, lam: float
+    d_advantages: Tensor, d_returns: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """(d rewards, d values): with e the adjoint scan of both gradients, d r = e, d V_t = d ret_t - e_t + γ·e_{t-1}."""
+    shape = d_returns.shape
+    (d_advantages, d_returns, mask), cu_seqlens = flat((d_advantages, d_returns, mask), cu_seqlens)
     d_advantages, d_returns = zero_masked(d_advantages, mask), zero_masked(d_returns, mask)
     decay = decays(cu_seqlens, mask, d_returns, gamma * lam)
     d_errors = zero_masked(adjoint_recurrence(d_advantages + d_returns, decay), mask)
@@ -208,7 +226,7 @@ def gae_backward_reference(
     inside = decays(cu_seqlens, None, d_errors, 1.0) * d_errors
     shifted = torch.cat((torch.zeros_like(inside[:1]), inside[:-1]))
     previous = adjoint_recurrence(shifted, decays(cu_seqlens, mask, d_errors, 0.0))
-    return d_errors, zero_masked(d_returns - d_errors + gamma * previous, mask)
+    return d_errors.view(shape), zero_masked(d_returns - d_errors + gamma * previous, mask).view(shape)
 
 
 _gae_backward = define_op("returns", gae_backward_reference)
@@ -247,8 +265,8 @@ def discounted_returns(
     Returns float32 of the shape of rewards (float64 for float64). Differentiable in rewards.
     """
     _check_gamma("gamma", gamma)
-    flat, cu_seqlens, mask, shape = _packed(rewards, cu_seqlens, mask, "rewards")
-    return _discounted_returns(flat, cu_seqlens, mask, float(gamma), False).view(shape)
+    rewards = _checked(rewards, cu_seqlens, mask)
+    return _discounted_returns(rewards, cu_seqlens, mask, float(gamma), False)
 
 
 def group_advantages(
@@ -308,10 +326,8 @@ def gae(
     _check_gamma("lam", lam)
     require_floating("values", values)
     require_shape("values", values, *rewards.shape)
-    flat, cu_seqlens, flat_mask, shape = _packed(rewards, cu_seqlens, mask, "rewards")
-    values = values.reshape(-1).to(flat.dtype)
-    advantages, returns = _gae(flat, values, cu_seqlens, flat_mask, float(gamma), float(lam))
-    return advantages.view(shape), returns.view(shape)
+    rewards = _checked(rewards, cu_seqlens, mask)
+    return _gae(rewards, values.to(rewards.dtype), cu_seqlens, mask, float(gamma), float(lam))
 
 
 def _check_gamma(name: str, value: float) -> None:
@@ -319,22 +335,16 @@ def _check_gamma(name: str, value: float) -> None:
         raise ValueError(f"{name} must be within 0 and 1, got {value}.")
 
 
-def _packed(
-    rewards: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, name: str
-) -> tuple[Tensor, Tensor, Tensor | None, torch.Size]:
-    """The packed view of either form: (rewards [N] in the accumulation dtype, cu_seqlens, mask [N], shape)."""
-    require_floating(name, rewards)
+def _checked(rewards: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Raise for what neither form can be; return the rewards in the accumulation type."""
+    require_floating("rewards", rewards)
     if mask is not None:
         require_dtype("mask", mask, torch.bool)
         require_shape("mask", mask, *rewards.shape)
-        mask = mask.reshape(-1)
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens)
         if rewards.dim() != 1:
-            raise ValueError(f"{name} must have shape [N] with cu_seqlens, got {list(rewards.shape)}.")
-    elif rewards.dim() == 2:
-        batch, length = rewards.shape
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=rewards.device) * length
-    else:
-        raise ValueError(f"{name} of shape {list(rewards.shape)} needs cu_seqlens; without it, pass [B, T].")
-    return rewards.reshape(-1).to(accumulate_dtype(rewards)), cu_seqlens, mask, rewards.shape
+            raise ValueError(f"rewards must have shape [N] with cu_seqlens, got {list(rewards.shape)}.")
+    elif rewards.dim() != 2:
+        raise ValueError(f"rewards of shape {list(rewards.shape)} needs cu_seqlens; without it, pass [B, T].")
+    return rewards.to(accumulate_dtype(rewards))

@@ -11,6 +11,7 @@ from ._head_math import bce_of, reward_of, wgan_of
 from ._head_triton import _fused_kernel, _gradient_kernel, _reduce_kernel, _rewards_kernel, _scale_kernel
 from ._math_triton import MODES, WGAN
 from ._pairs_triton import pairwise
+from ._residency import resident_programs
 from ._rows_triton import scatter_rows
 
 # ---- launch configurations -------------------------------------------------------------------------------------
@@ -18,7 +19,7 @@ from ._rows_triton import scatter_rows
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """block_n rows by block_h columns; num_stages tiles of hidden in flight; programs resident on a multiprocessor.
+    """block_n rows by block_h columns; num_stages - 1 tiles of hidden under way.
 
     A multiprocessor of an H200 needs about 40 KB of loads under way to draw its share of the memory's rate.
     """
@@ -27,11 +28,11 @@ class Tile:
     block_h: int
     num_warps: int
     num_stages: int
-    programs: int = 1
 
 
-# Columns a tile spans: rows, warps and resident programs of the fused kernel. The sums over a row cross all warps.
-_FUSED = {512: (8, 4, 4), 1024: (4, 4, 4), 2048: (2, 4, 3), 4096: (2, 4, 2), 8192: (2, 8, 1)}
+# Columns a tile spans: rows, warps and stages of the fused kernel. A thread holds up to 64 numbers: the loss of a row
+# is computed by each of its threads, and the sums over a row cross all warps, so few threads a row waste least.
+_FUSED = {512: (8, 2, 4), 1024: (4, 2, 4), 2048: (2, 2, 4), 4096: (2, 4, 3), 8192: (2, 8, 3)}
 
 
 def rewards_tile(indexed: bool) -> Tile:
@@ -47,18 +48,18 @@ def fused_tile(width: int, indexed: bool) -> Tile | None:
     block_h = max(512, triton.next_power_of_2(width))
     if block_h > 8192:
         return None
-    rows, num_warps, programs = _FUSED[block_h]
-    return Tile(max(1, rows // 2) if indexed else rows, block_h, num_warps, 3, programs)
+    rows, num_warps, stages = _FUSED[block_h]
+    return Tile(max(1, rows // 2) if indexed else rows, block_h, num_warps, stages)
 
 
 def gradient_tile(width: int) -> Tile:
     """No row needs another column here, so columns are split over programs as well."""
-    return Tile(4, min(1024, max(512, triton.next_power_of_2(width))), 4, 3, 2)
+    return Tile(4, min(1024, max(512, triton.next_power_of_2(width))), 4, 3)
 
 
-def _programs(num_rows: int, tile: Tile, device: torch.device) -> int:
-    """As many as run at once: more would only add parts of d weight to add up."""
-    return max(1, min(triton.cdiv(num_rows, tile.block_n), tile.programs * num_multiprocessors(device)))
+def _programs(num_rows: int, tile: Tile, most: int) -> int:
+    """As many as run at once (`most`): more would only add parts of d weight to add up."""
+    return max(1, min(triton.cdiv(num_rows, tile.block_n), most))
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------
@@ -146,17 +147,22 @@ def _fused(
     logits, slopes = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
     if not num_rows:
         return loss.zero_(), logits, gradients, slopes
-    programs = _programs(num_rows, tile, device)
     dense_weight = need_weight and head.index is None
+    inputs = (
+        head.hidden, head.weight, head.bias, head.index, head.offset, targets, factors, logits, slopes,
+        gradients.d_hidden,
+    )  # fmt: skip
+    numbers = num_rows, head.hidden.stride(0), smoothing, temperature, clip
+    options = {
+        "H": width, "BIAS_PER_ROW": head.bias_per_row, "MODE": mode, "BLOCK_N": tile.block_n, "BLOCK_H": tile.block_h,
+        "STAGES": tile.num_stages, "num_warps": tile.num_warps,
+    }  # fmt: skip
+    parts = (loss if dense_weight else None, loss)  # of their type
+    most = resident_programs(_fused_kernel, (*inputs, *parts, *numbers), options, device)
+    programs = _programs(num_rows, tile, most)
     partial_weight = torch.empty((programs, width), dtype=torch.float32, device=device) if dense_weight else None
     partial_sums = torch.empty((2, programs), dtype=torch.float32, device=device)
-    _fused_kernel[(programs,)](
-        head.hidden, head.weight, head.bias, head.index, head.offset, targets, factors, logits, slopes,
-        gradients.d_hidden, partial_weight, partial_sums,
-        num_rows, head.hidden.stride(0), smoothing, temperature, clip,
-        H=width, BIAS_PER_ROW=head.bias_per_row, MODE=mode, BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
-        STAGES=tile.num_stages, num_warps=tile.num_warps,
-    )  # fmt: skip
+    _fused_kernel[(programs,)](*inputs, partial_weight, partial_sums, *numbers, **options)
     _finish(head, slopes, gradients, partial_weight, partial_sums, loss if mode <= WGAN.value else None)
     return loss, logits, gradients, slopes
 
@@ -172,7 +178,7 @@ def _finish(
     if columns or d_bias is not None or loss is not None:
         _reduce_kernel[(columns + 1,)](
             partial_weight, partial_sums, gradients.d_weight if columns else None, d_bias, loss, programs, width,
-            BLOCK_P=256, BLOCK_H=16, num_warps=4,
+            BLOCK_P=512, BLOCK_H=16, num_warps=8,
         )  # fmt: skip
     if head.index is not None and gradients.d_weight is not None:
         scatter_rows(
@@ -189,18 +195,22 @@ def head_gradients(
     num_rows, width = hidden.shape
     gradients = _allocate(head, need_hidden, need_weight)
     if num_rows and (need_hidden or need_weight):
-        tile = gradient_tile(width)
-        programs = _programs(num_rows, tile, hidden.device)
-        dense_weight = need_weight and index is None
+        tile, dense_weight = gradient_tile(width), need_weight and index is None
+        inputs = head.hidden, head.weight, head.index, slopes, gradients.d_hidden
+        numbers = num_rows, head.hidden.stride(0)
+        options = {
+            "H": width, "BLOCK_N": tile.block_n, "BLOCK_H": tile.block_h, "STAGES": tile.num_stages,
+            "num_warps": tile.num_warps,
+        }  # fmt: skip
+        parts = (slopes if dense_weight else None, slopes)  # of their type
+        columns = triton.cdiv(width, tile.block_h)
+        most = resident_programs(_gradient_kernel, (*inputs, *parts, *numbers), options, hidden.device) // columns
+        programs = _programs(num_rows, tile, most)
         partial_weight = (
             torch.empty((programs, width), dtype=torch.float32, device=hidden.device) if dense_weight else None
         )
         partial_sums = torch.empty((1, programs), dtype=torch.float32, device=hidden.device)
-        _gradient_kernel[(programs, triton.cdiv(width, tile.block_h))](
-            head.hidden, head.weight, head.index, slopes, gradients.d_hidden, partial_weight, partial_sums,
-            num_rows, head.hidden.stride(0), H=width, BLOCK_N=tile.block_n, BLOCK_H=tile.block_h,
-            STAGES=tile.num_stages, num_warps=tile.num_warps,
-        )  # fmt: skip
+        _gradient_kernel[(programs, columns)](*inputs, partial_weight, partial_sums, *numbers, **options)
         _finish(head, slopes, gradients, partial_weight, partial_sums, None)
     return gradients.tensors(hidden, weight)
 

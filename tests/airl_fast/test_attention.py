@@ -19,8 +19,9 @@ from airl_fast.models.attention import (
     packed_kernel,
     why_not_shared,
 )
+from airl_fast.models.check import verify_packing
 from airl_fast.models.flash import CpuFlash, Segmentwise, choose_kernel, pieces
-from airl_fast.models.forward import hidden_states, token_logprobs, verify_packing
+from airl_fast.models.forward import hidden_states, token_logprobs
 from airl_fast.models.load import wrap
 from airl_fast.pack import pack
 from airl_fast.types import Segments

@@ -12,6 +12,7 @@ import torch
 
 from airl_fast.artifacts import START
 from airl_fast.cli import main
+from airl_fast.manifest import MODEL
 from tests.airl_fast.run_cases import metrics, small_run
 
 Refuse = Callable[..., str]
@@ -140,9 +141,9 @@ def test_a_wrong_command_line_is_one_sentence(argv: list[str], expected: str, ca
 
 
 def broken_copy(tmp_path: Path, **contents: bytes | None) -> Path:
-    """A copy of a model directory in which some files have other contents, or (None) are missing."""
+    """A user's model directory in which some files have other contents, or (None) are missing."""
     folder = tmp_path / "model"
-    shutil.copytree(small_run() / START, folder)
+    shutil.copytree(small_run() / START, folder, ignore=shutil.ignore_patterns(MODEL))
     for name, content in contents.items():
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     return folder

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 from airl_fast import doctor
 from airl_fast.doctor import Check, Report, collect, render
+from airl_fast.processor import libraries, model_name
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
@@ -45,6 +47,42 @@ def test_machine_figures_are_true(here: dict[str, Check], tmp_path: Path) -> Non
     free = float(disk.value.split(" GiB")[0])
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free / 2**30, abs=0.5)
     assert str(tmp_path / "not" / "yet") in disk.value and not (tmp_path / "not").exists()
+
+
+def test_processor_and_blas_are_those_of_torch(here: dict[str, Check]) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert here["processor"].value == f"{model_name()}; torch uses {capability}"
+    for name, version in libraries(torch.__config__.show()).items():
+        assert f"{name} {version}".strip() in here["BLAS"].value and version in torch.__config__.show()
+    code = "from airl_fast import doctor; print(doctor.render(doctor.collect()))"
+    lowered = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=lowered, check=True)
+    assert re.search(r"processor\s+.+; torch uses (DEFAULT|NO AVX)\b", shown.stdout), shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("configuration", "expected"),
+    [
+        (
+            "  - Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605\n"
+            "  - Intel(R) MKL-DNN v3.12.0 (Git Hash 80afa)\n  - Build settings: BLAS_INFO=mkl",
+            {"MKL": "2024.2", "oneDNN": "3.12.0"},
+        ),
+        ("PyTorch built with:\n  - Build settings: BLAS_INFO=open, LAPACK_INFO=open", {"OpenBLAS": ""}),
+        ("  - Build settings: BLAS_INFO=accelerate", {"accelerate": ""}),
+        ("PyTorch built with:", {}),
+    ],
+)
+def test_libraries_that_torch_names(configuration: str, expected: dict[str, str]) -> None:
+    assert libraries(configuration) == expected
+
+
+def test_the_processor_names_itself_or_its_architecture(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC 9V74\nmodel name\t: second\n")
+    assert model_name(tmp_path / "cpuinfo") == "AMD EPYC 9V74"
+    (tmp_path / "arm").write_text("processor\t: 0\nBogoMIPS\t: 50\n")
+    for path in (tmp_path / "arm", tmp_path / "absent"):
+        assert platform.machine() in model_name(path) or model_name(path) == platform.processor()
 
 
 def test_gpu_lines_agree_with_torch(here: dict[str, Check]) -> None:

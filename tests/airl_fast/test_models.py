@@ -150,6 +150,22 @@ def only_pickled(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def an_index_of(shard):
+    """Of weights that lie in `shard`, whole and loadable."""
+
+    def write(folder):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        if shard.endswith(".bin"):
+            torch.save(tensors, folder / shard)
+        else:
+            save_file(tensors, folder / shard, metadata={"format": "pt"})
+        names = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+
+    return write
+
+
 def cut_weights(folder):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -174,6 +190,12 @@ DAMAGE = {
         "does not load",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no *.safetensors weights;"),
+    "an adapter beside": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        "holds a PEFT adapter, beside its model; give its base model",
+    ),
+    "an index that names pickles": (an_index_of("w.bin"), "names 'w.bin', which is no *.safetensors file beside it"),
+    "an index that leads out": (an_index_of("../x.safetensors"), "names '../x.safetensors', which is no"),
     "only pickled weights": (only_pickled, "pickled *.bin weights are not read; convert them"),
     "weights cut short": (cut_weights, "the model in"),
     "weights empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "the model in"),

@@ -18,6 +18,7 @@ from airl_fast.artifacts import POLICY, REWARD, START, load_policy, load_reward,
 from airl_fast.batches import expert_traces
 from airl_fast.cli import main
 from airl_fast.evaluate.command import open_run
+from airl_fast.manifest import MODEL
 from airl_fast.models.adapters import is_quantised
 from airl_fast.models.load import load_model
 from tests.airl_fast.adapter_cases import (
@@ -211,6 +212,7 @@ def test_a_moved_run_finds_its_own_start(whole, tmp_path):
     (run / START).unlink()
     shutil.copytree(model_directory(), run / START)
     file = run / POLICY / "adapter_config.json"
+    (run / POLICY / MODEL).unlink()  # lists the file as it was
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"base_model_name_or_path": "/gone/run/start"}))
     config = open_run(whole).config.model
@@ -256,7 +258,7 @@ def test_export_says_what_is_wrong(whole, tmp_path, capsys):
     what = ("--what", "discriminator")
     assert "has no final/discriminator" in refused(capsys, "export", whole / "baselines" / "sft", *what)
     assert main(["export", str(full_run()), "-o", str(tmp_path / "copy")]) == 0
-    assert {f.name for f in (tmp_path / "copy").iterdir()} == set(os.listdir(full_run() / POLICY))
+    assert {f.name for f in (tmp_path / "copy").iterdir()} == set(os.listdir(full_run() / POLICY)) - {MODEL}
 
 
 @pytest.mark.parametrize(

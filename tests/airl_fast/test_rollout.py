@@ -7,8 +7,9 @@ import torch
 
 from airl_fast.models.forward import token_logprobs
 from airl_fast.pack import pack
-from airl_fast.rollout.builtin import Builtin, choose, sample
+from airl_fast.rollout.builtin import Builtin, sample
 from airl_fast.rollout.engine import SamplingParams
+from airl_fast.rollout.pick import pick
 from airl_fast.rollout.prefill import read_prompts
 from tests.airl_fast.model_cases import CPU, language_model, trace
 
@@ -112,9 +113,12 @@ def test_frequencies_follow_the_models_distribution(lm):
 # ---- one choice ----
 
 
+def numbers(count):
+    return torch.rand(count, 1, generator=torch.Generator().manual_seed(0))
+
+
 def tally(logits, count=6000, **options):
-    generator = torch.Generator().manual_seed(0)
-    ids, logprobs = choose(torch.tensor([logits]).repeat(count, 1), generator=generator, **options)
+    ids, logprobs = pick(torch.tensor([logits]).repeat(count, 1), uniform=numbers(count), **options)
     return torch.bincount(ids, minlength=len(logits)) / count, ids, logprobs
 
 
@@ -142,12 +146,12 @@ def test_temperature_comes_before_the_nucleus():
 
 def test_rows_with_their_own_nucleus_do_not_mix():
     logits = torch.tensor([[5.0, 0.0, 0.0, 4.9], [0.0, 6.0, 0.0, 0.0]]).repeat(500, 1)
-    ids, _ = choose(logits, 1.0, 0.9, torch.Generator().manual_seed(0))
+    ids, _ = pick(logits, 1.0, 0.9, numbers(1000))
     assert set(ids[::2].tolist()) == {0, 3} and set(ids[1::2].tolist()) == {1}
 
 
 def test_greedy_takes_the_first_of_equal_logits():
-    ids, logprobs = choose(torch.tensor([[1.0, 3.0, 3.0], [9.0, 0.0, 1.0]]), 0.0, 0.5, torch.Generator())
+    ids, logprobs = pick(torch.tensor([[1.0, 3.0, 3.0], [9.0, 0.0, 1.0]]), 0.0, 0.5, None)
     assert ids.tolist() == [1, 0] and logprobs.tolist() == [0.0, 0.0]
 
 

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from airl_fast import checkpoint
 from airl_fast.errors import UserError
+from airl_fast.processor import model_name
 from airl_fast.rundir import RunDir, git_commit, read_rollouts, truncate_metrics, version, write_atomically
 
 CONFIG = {"seed": 0, "steps": 10, "policy": {"lr": 1e-5, "betas": (0.9, 0.99)}, "note": None}
@@ -51,6 +53,9 @@ def test_a_new_run_has_the_documented_contents(tmp_path: Path) -> None:
     assert entry["versions"]["torch"] == version("torch") is not None
     assert entry["argv"] == sys.argv and entry["device"] == "cpu" and entry["start_step"] == 0
     assert entry["torch_threads"] >= 1
+    assert entry["processor"]["model"] == model_name()
+    assert entry["processor"]["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert entry["processor"]["libraries"]
 
 
 def test_an_existing_run_is_refused_and_kept(tmp_path: Path) -> None:

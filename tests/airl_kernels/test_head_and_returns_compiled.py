@@ -10,10 +10,7 @@ KERNELS = {
         "_fused_kernel", "_reduce_kernel", "_rewards_kernel", "_gradient_kernel", "_scale_kernel", "_runs_kernel",
         "_join_kernel", "_score_kernel", "_pair_kernel", "_spread_kernel",
     },
-    "returns": {
-        "_scan_kernel", "_moments_kernel", "_summary_kernel", "_carry_kernel", "_finish_kernel",
-        "_value_gradient_kernel",
-    },
+    "returns": {"_scan_kernel", "_moments_kernel", "_summary_kernel", "_carry_kernel", "_finish_kernel"},
 }  # fmt: skip
 
 
@@ -39,14 +36,58 @@ def test_hidden_moves_sixteen_bytes_at_a_time():
     assert "st.global.v4.b32" in fused.asm["ptx"]
 
 
-def test_returns_move_sixteen_bytes_at_a_time():
-    """Inside a sequence, whose blocks lie at multiples of their size."""
+@pytest.mark.parametrize("name", ["discounted_returns 1024x8192", "discounted_returns masked 272x300"])
+def test_returns_move_sixteen_bytes_at_a_time(name):
+    """Loads everywhere, whatever the sequences' ends; stores where the whole tile is the sequence's."""
     from airl_kernels.cross_compile import compiled_kernels, shipped_launches
 
-    call = shipped_launches(("returns",))["discounted_returns 1024x8192"]
-    (scan,) = compiled_kernels(call, 90)
-    assert "ld.global.v4.b32" in scan.asm["ptx"]
+    (scan,) = compiled_kernels(shipped_launches(("returns",))[name], 90)
+    assert "cp.async.cg.shared.global" in scan.asm["ptx"]
     assert "st.global.v4.b32" in scan.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("op", "bytes_read", "arch", "multiprocessors"),
+    [("discounted_returns", 5, 80, 108), ("discounted_returns", 5, 90, 132), ("gae", 9, 90, 132)],
+)
+def test_a_thousand_padded_sequences_are_one_launch_and_one_wave(op, bytes_read, arch, multiprocessors):
+    """No second launch, for offsets or anything; every program resident at once, enough of their tiles under way."""
+    from airl_kernels.cross_compile import CHIPS, _resource_usage, compiled_kernels, shipped_launches
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorded(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names += (function.overloadpacket.__name__,)
+            return function(*args, **(kwargs or {}))
+
+    call = shipped_launches(("returns",))[f"{op} padded 1024x8192"]
+    with Recorded() as called:
+        (scan,) = compiled_kernels(call, arch)
+    assert set(called.names) <= {"empty_like", "view", "detach"}
+    meta, registers = scan.metadata, _resource_usage(scan.asm["cubin"])["REG"]
+    resident = CHIPS[arch].multiprocessor.resident(meta.num_warps, registers, meta.shared)
+    assert resident * multiprocessors >= 1024
+    # The tiles in shared memory, but the one at work, are under way; a share of the traffic is written, not read.
+    under_way = min(resident, 1024 / multiprocessors) * (meta.shared // (512 * bytes_read) - 1) * 512 * bytes_read
+    assert under_way >= 40e3
+
+
+@pytest.mark.parametrize("width", [896, 1536, 3584, 4096, 8192])
+def test_enough_of_hidden_is_under_way(width):
+    """At the number of programs that fit: about 40 KB a multiprocessor of an H200 draw its memory's full rate."""
+    from airl_kernels.cross_compile import CHIPS, _resource_usage, compiled_kernels, shipped_launches
+    from airl_kernels.token_head_triton import fused_tile
+
+    call = shipped_launches(("token_head",))[f"discriminator_loss bce linear H={width}"]
+    (fused,) = (kernel for kernel in compiled_kernels(call, 90) if kernel.name == "_fused_kernel")
+    registers, meta = _resource_usage(fused.asm["cubin"])["REG"], fused.metadata
+    resident = CHIPS[90].multiprocessor.resident(meta.num_warps, registers, meta.shared)
+    tile = fused_tile(width, False)
+    size = 2 * tile.block_n * tile.block_h
+    assert resident * (meta.shared // size - 1) * size >= 31 << 10
+    assert resident * 132 * width * 8 < 0.15 * 4 * 32768 * width  # parts of d weight, written and read
 
 
 def test_a_spill_is_noticed():

@@ -22,6 +22,8 @@ FILES = (
     "test_logprob_extremes.py",
     "test_selective.py",
     "test_policy_loss.py",
+    "test_absent_logprobs.py",
+    "test_logit_layout.py",
     "test_linear_policy_loss.py",
 )
 WHICH_KERNELS = """
@@ -63,6 +65,6 @@ def test_the_interpreter_runs_the_kernels():
     run = interpreted("-c", WHICH_KERNELS)
     expected = (
         "_fused_kernel _gradient_kernel _join_kernel _moments_kernel _reduce_kernel _rewards_kernel _runs_kernel "
-        "_scale_kernel _scan_kernel _sequence_kernel _stats_kernel _terms_kernel"
+        "_scale_kernel _scan_kernel _sequence_kernel _stats_kernel _terms_kernel _totals_kernel"
     )
     assert run.stdout.strip() == expected, run.stderr[-2000:]

@@ -10,6 +10,7 @@ from airl_kernels.testing import (
     INTERPRETED,
     VocabularyHead,
     assert_as_good_as,
+    in_the_worst_order,
     make_vocabulary_head,
     peak_bytes,
     plain_log_softmax,
@@ -43,6 +44,18 @@ def ours(inputs: VocabularyHead, **options: object) -> torch.Tensor:
 # ---- right -----------------------------------------------------------------------------------------------------
 
 
+def labelled(compute, inputs: VocabularyHead, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(log-probability, entropy) that `compute` makes of `inputs`, and the gradients of each and of both."""
+    found = dict(zip(("log-probability", "entropy"), (x.detach() for x in compute(inputs)), strict=True))
+    for name, use in (("log-probability", (1.0, 0.0)), ("entropy", (0.0, 1.0)), ("both", (1.0, 1.0))):
+        logprob, entropy = compute(inputs)
+        mixed = use[0] * logprob + use[1] * entropy * 0.3
+        gradients = grads(mixed, inputs, use[0] * weights[0] + use[1] * weights[1])
+        for tensor, gradient in zip(("hidden", "weight", "bias"), gradients, strict=False):
+            found[f"gradient of {name} in {tensor}"] = gradient
+    return found
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize(("vocab", "option"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,21 +64,15 @@ def test_error_is_within_twice_that_of_careful_torch(device, dtype, vocab, optio
     options = OPTIONS[option]
     rows = 33 if vocab == 17 else 2 if INTERPRETED else 5
     inputs = make_vocabulary_head(rows, 16, vocab, dtype=dtype, device=device, bias=vocab in (17, 50257), frozen=frozen)
-    exact, weights = wide(inputs), torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
-    logprob, entropy = ours(inputs, entropy=True, chunk_rows=4, **options)
-    careful, truth = plain_logprob(inputs, **options), plain_logprob(exact, **options)
-    assert_as_good_as(logprob, careful[0], truth[0], "log-probability")
-    assert_as_good_as(entropy, careful[1], truth[1], "entropy")
-    for name, use in (("log-probability", (1.0, 0.0)), ("entropy", (0.0, 1.0)), ("both", (1.0, 1.0))):
-        found, expected, exactly = (
-            grads(use[0] * a + use[1] * b * 0.3, i, use[0] * weights[0] + use[1] * weights[1])
-            for i, (a, b) in ((inputs, ours(inputs, entropy=True, chunk_rows=4, **options)),
-                              (inputs, plain_logprob(inputs, **options)),
-                              (exact, plain_logprob(exact, **options)))
-        )  # fmt: skip
-        for tensor, a, b, c in zip(("hidden", "weight", "bias"), found, expected, exactly, strict=False):
-            assert a.dtype == dtype
-            assert_as_good_as(a, b, c, f"gradient of {name} in {tensor}")
+    weights = torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
+    found = labelled(lambda i: ours(i, entropy=True, chunk_rows=4, **options), inputs, weights)
+    careful = in_the_worst_order(
+        lambda: tuple(labelled(lambda i: plain_logprob(i, **options), inputs, weights).values())
+    )
+    truth = labelled(lambda i: plain_logprob(i, **options), wide(inputs), weights)
+    for (what, a), b, c in zip(found.items(), careful, truth.values(), strict=True):
+        assert a.dtype == (dtype if "gradient" in what else torch.float32)
+        assert_as_good_as(a, b, c, what)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -213,7 +220,8 @@ def test_weight_gradient_of_many_bf16_chunks_keeps_fp32_sums():
     truth = grads(plain_logprob(exact)[0], exact, weights)[1]
     many = grads(ours(inputs, chunk_rows=1), inputs, weights)[1]
     one = grads(ours(inputs, chunk_rows=rows), inputs, weights)[1]
-    assert_as_good_as(many, one, truth, "gradient of weight over 512 chunks")
+    (careful,) = in_the_worst_order(lambda: grads(plain_logprob(inputs)[0], inputs, weights)[1:])
+    assert_as_good_as(many, careful, truth, "gradient of weight over 512 chunks")
     assert (many == one).float().mean() > 0.98  # only a last bit may differ
 
 
@@ -251,13 +259,15 @@ def test_opcheck(bias):
     for entropy, jacobian in ((False, False), (True, False), (False, True)):
         frozen = weight.detach() if jacobian else weight
         offset = None if offsets is None or not jacobian else offsets.detach()
-        torch.library.opcheck(_linear_logprob, (hidden, frozen, targets, offset, mapping, entropy, jacobian, 4))
+        for layout in ((4, 11, False), (4, 9, True)):
+            settings = mapping, entropy, jacobian, *layout
+            torch.library.opcheck(_linear_logprob, (hidden, frozen, targets % 9, offset, *settings))
     detached = hidden.detach(), weight.detach(), targets, None if offsets is None else offsets.detach()
-    logprob, entropy, row_max, log_sum, jac = _linear_logprob(*detached, mapping, True, True, 0)
+    logprob, entropy, row_max, log_sum, jac = _linear_logprob(*detached, mapping, True, True, 0, 11, False)
     for needs in ((True, True, bias), (False, True, False), (True, False, False)):
         torch.library.opcheck(
             _linear_logprob_backward,
-            (logprob, entropy, *detached, row_max, log_sum, entropy, mapping, needs, 4),
+            (logprob, entropy, *detached, row_max, log_sum, entropy, mapping, needs, 4, 11, False),
         )
     torch.library.opcheck(scaled, (jac, logprob, torch.float32))
     torch.library.opcheck(scaled, (jac, logprob.sum(), torch.bfloat16))

@@ -217,14 +217,17 @@ def test_opcheck(sequence):
     case = make_policy_tokens(logprobs, LENGTHS)
     old, advantages, ref = (t.float() for t in (case.old_logprobs, case.advantages, case.ref_logprobs))
     cu_seqlens = case.cu_seqlens if sequence else None
-    constants = (0.2, 0.2, 3.0, 0.1)
-    torch.library.opcheck(
-        _ppo_loss,
-        (logprobs, old, advantages, case.mask, advantages.abs(), ref, ref.exp(), cu_seqlens, "clip", constants),
-    )
-    torch.library.opcheck(
-        _ppo_loss, (logprobs, old, advantages, None, None, None, None, cu_seqlens, "cispo", constants)
-    )
+    constants, absent = (0.2, 0.2, 3.0, 0.1, 1.5), torch.where(torch.arange(SIZE) % 3 == 0, torch.nan, old)
+    for old_logprobs, mask, weights, reference, is_ratio, sampler, surrogate in (
+        (old, case.mask, advantages.abs(), ref, ref.exp(), None, "clip"),
+        (old, None, None, None, None, None, "cispo"),
+        (absent, case.mask, None, ref, None, absent, "clip"),
+        (None, case.mask, None, None, None, ref, "cispo"),
+        (None, None, None, None, None, None, "clip"),
+    ):
+        by_sequence = sequence and old_logprobs is not None, sequence and sampler is not None
+        columns = old_logprobs, advantages, mask, weights, reference, is_ratio, sampler, cu_seqlens, by_sequence
+        torch.library.opcheck(_ppo_loss, (logprobs, *columns, surrogate, constants))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the graph is the same")

@@ -89,14 +89,14 @@ def test_one_very_long_sequence(gamma, lengths, device):
 
 @devices
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("parallel", [False, True], ids=["a program a sequence", "blocks in parallel"])
+@pytest.mark.parametrize("parallel", [False, True], ids=["a program a sequence", "tiles in parallel"])
 def test_both_ways_to_scan(parallel, masked, device, monkeypatch):
     """The two launch plans of the kernels, whatever the shape would choose; on the plain CPU paths both are one."""
     if device == "cuda" or INTERPRETED:
         from airl_kernels import returns_triton
 
-        monkeypatch.setattr(returns_triton, "blocks_in_parallel", lambda *_: parallel)
-        monkeypatch.setattr(returns_triton, "_LONG_BLOCK", 256)
+        monkeypatch.setattr(returns_triton, "tiles_in_parallel", lambda *_: parallel)
+        monkeypatch.setattr(returns_triton, "_LONG_TILE", 256)
     lengths = [290, 0, 1, 256, 40, 2]
     rewards, values = (normal(sum(lengths), seed, device).requires_grad_() for seed in (0, 1))
     mask = coin(sum(lengths), 2, device) if masked else None

@@ -8,6 +8,7 @@ from airl_kernels.testing import (
     INTERPRETED,
     VARIANTS,
     assert_as_good_as,
+    in_the_worst_order,
     make_policy_tokens,
     make_vocabulary_head,
     plain_logprob,
@@ -40,25 +41,25 @@ def test_linear_logprob_adds_up_the_gradients_of_a_row(device, dtype, frozen, en
     exact = wide(inputs)
     options = {"temperature": 0.8, "softcap": 8.0}
     weights = torch.randn(len(ROWS), generator=torch.Generator().manual_seed(1))
-    outputs = (
-        linear_logprob(
-            inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, rows=ROWS.to(device), chunk_rows=5,
-            entropy=True, **options,
-        ),
-        plain_logprob(picked(inputs), **options),
-        plain_logprob(picked(exact), **options),
+
+    def with_gradients(out, leaves):
+        return *out, *torch.autograd.grad((out[entropy] * weights.to(out[0])).sum(), leaves.leaves())
+
+    def plain(leaves):
+        return with_gradients(plain_logprob(picked(leaves), **options), leaves)
+
+    found = linear_logprob(
+        inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, rows=ROWS.to(device), chunk_rows=5,
+        entropy=True, **options,
     )  # fmt: skip
-    for a, b, c, what in zip(*outputs, ("log-probability", "entropy"), strict=True):
+    found, careful, truth = with_gradients(found, inputs), in_the_worst_order(lambda: plain(inputs)), plain(exact)
+    for what, a, b, c in zip(("log-probability", "entropy"), found, careful, truth, strict=False):
         assert_as_good_as(a, b, c, what)
-    gradients = [
-        torch.autograd.grad((out[entropy] * weights.to(out[0])).sum(), leaves.leaves())
-        for out, leaves in zip(outputs, (inputs, inputs, exact), strict=True)
-    ]
-    for name, a, b, c in zip(("hidden", "weight", "bias"), *gradients, strict=False):
+    for name, a, b, c in zip(("hidden", "weight", "bias"), found[2:], careful[2:], truth[2:], strict=False):
         assert a.dtype == dtype
         assert_as_good_as(a, b, c, f"gradient in {name}")
-    assert gradients[2][0][3].abs().sum() > 0
-    assert not gradients[0][0][[1, 2, 12, 13]].any()
+    assert truth[2][3].abs().sum() > 0
+    assert not found[2][[1, 2, 12, 13]].any()
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["all rows", "compact"])
@@ -70,7 +71,7 @@ def test_linear_ppo_loss_adds_up_the_gradients_of_a_row(device, dtype, variant, 
     inputs = make_vocabulary_head(HIDDEN_ROWS, 16, 150, dtype=dtype, device=device, bias=True, frozen=frozen)
     exact = wide(inputs)
     denominator = 97.0 if variant == "dr_grpo" else None
-    careful_logprob, truth_logprob = plain_logprob(picked(inputs))[0], plain_logprob(picked(exact))[0]
+    truth_logprob = plain_logprob(picked(exact))[0].detach()
     case = make_policy_tokens(truth_logprob, LENGTHS)
     # Ratios far from the bounds, some beyond them, so that rounding moves no token across one.
     shift = torch.tensor([0.0, 0.5, -0.5, 1.5, 0.1, 0.0, 0.1]).repeat(2)
@@ -81,17 +82,19 @@ def test_linear_ppo_loss_adds_up_the_gradients_of_a_row(device, dtype, variant, 
         rows=ROWS.to(device), variant=variant, chunk_rows=5, compact=compact, denominator=denominator,
         **with_garbage(case).arguments(torch.float32, device),
     )  # fmt: skip
-    careful, truth = (plain_loss(x.cpu(), case, variant, denominator) for x in (careful_logprob, truth_logprob))
+
+    def composed(leaves):
+        value = plain_loss(plain_logprob(picked(leaves))[0].cpu(), case, variant, denominator)
+        return value, *torch.autograd.grad(2.0 * value, leaves.leaves())
+
+    careful, truth = in_the_worst_order(lambda: composed(inputs)), composed(exact)
     assert stats.token_logprobs.shape == ROWS.shape
-    assert_as_good_as(loss.cpu(), careful.float(), truth, "loss", scale=1.0)
-    gradients = [
-        torch.autograd.grad(2.0 * value, leaves.leaves())
-        for value, leaves in ((loss, inputs), (careful, inputs), (truth, exact))
-    ]
-    for name, a, b, c in zip(("hidden", "weight", "bias"), *gradients, strict=False):
+    assert_as_good_as(loss.cpu(), careful[0].float(), truth[0], "loss", scale=1.0)
+    gradients = torch.autograd.grad(2.0 * loss, inputs.leaves())
+    for name, a, b, c in zip(("hidden", "weight", "bias"), gradients, careful[1:], truth[1:], strict=False):
         assert a.dtype == dtype
         assert_as_good_as(a, b, c, f"gradient in {name}")
-    assert not gradients[0][0][[1, 2, 12, 13]].any()
+    assert not gradients[0][[1, 2, 12, 13]].any()
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])

@@ -203,9 +203,9 @@ def test_a_peer_that_raises_is_reported_and_fails_nothing(monkeypatch):
     ("peer", "case"),
     [
         (peer, case)
-        for peer in (peers.trl, peers.liger)
+        for peer in (peers.trl, peers.liger, peers.liger_scaled)
         for case in CASES
-        if (case.family == "linear" and peer is peers.trl) or case.op == "linear_ppo_loss"
+        if (case.family == "linear" and peer is not peers.liger) or case.op == "linear_ppo_loss"
     ]
     + [(peers.trl, case) for case in CASES if case.family == "logits"],
     ids=lambda value: value.NAME if hasattr(value, "NAME") else f"{value.op} {value.mode}",
@@ -272,6 +272,66 @@ def test_the_cases_with_targets_come_first_and_every_shape_is_used():
     heads = ("896x151936", "1536x151936", "3584x152064", "4096x128256")
     assert {f"linear:{n}x{head}" for n in (4096, 16384) for head in heads} < set(gpu)
     assert {f"head:32768x{head}" for head in heads} | {"sequences:272x300", "sequences:1x1048576"} < set(gpu)
+
+
+def test_eager_liger_and_the_compiler_come_before_the_other_peers():
+    assert [backend.NAME for backend in peers.BACKENDS][:5] == [
+        "airl", "torch eager", "liger", "liger scaled ce", "torch.compile",
+    ]  # fmt: skip
+
+
+def test_what_compiles_for_a_shape_is_verified_at_full_size_alone(monkeypatch):
+    seen = []
+
+    def prepare(case, shape):
+        run = peers.airl.prepare(case, shape)
+        return lambda inputs: seen.append(inputs.hidden.shape[0]) or run(inputs)
+
+    slow = SimpleNamespace(
+        NAME="slow", version=lambda: None, unavailable=lambda device: None, prepare=prepare, COMPILES_FOR_A_SHAPE=True
+    )
+    monkeypatch.setattr(ops, "BACKENDS", (peers.airl, slow))
+    for tokens in (300, 40):  # beyond and below the problem that is compared whole
+        document = ops.measure_ops(shapes=f"head:{tokens}x8x9", ops="token_rewards", device="cpu", seconds=0.01)
+        assert {row.backend for row in document.rows} == {"airl", "slow"} and set(seen) == {tokens}
+        seen.clear()
+
+
+def test_a_problem_that_cannot_be_set_up_is_reported_and_the_next_one_runs(monkeypatch):
+    from bench import measure
+
+    make = measure.make_inputs
+
+    def fails(case, shape, *rest):
+        if shape.name == "logits:8x30":
+            raise torch.OutOfMemoryError("no room")
+        return make(case, shape, *rest)
+
+    monkeypatch.setattr(measure, "make_inputs", fails)
+    options = {"ops": "selective_log_softmax", "backends": "airl", "device": "cpu", "seconds": 0.01}
+    document = ops.measure_ops(shapes="logits:8x30,logits:9x30", **options)
+    assert {row.shape for row in document.rows} == {"logits:9x30"}
+    assert {entry.reason for entry in document.of_kind("failed")} == {"OutOfMemoryError: no room"}
+    assert ops.exit_code(document) == 1
+
+
+# ---- a head sliced out of a padded weight --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.family == "linear"], ids=lambda c: f"{c.op} {c.mode}")
+def test_a_padded_head_gives_the_same_and_no_gradient_past_its_rows(case):
+    shape = parse_shape("linear:40x8x47of50")
+    assert (shape.name, shape.size("vocabulary"), shape.padded) == ("linear:40x8x47of50", 47, 50)
+    assert shape.with_tokens(7).name == "linear:7x8x47of50"
+    inputs = make_inputs(case, shape, torch.float32, CPU)
+    assert inputs.weight.shape == (50, 8) and inputs.head.shape == (47, 8)
+    padded, cut = (peers.airl.prepare(case, shape)(i) for i in (inputs, inputs.mapped(lambda w: w[:47], ("weight",))))
+    for a, b in zip(padded.outputs, cut.outputs, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(padded.gradients, cut.gradients, strict=True):
+        torch.testing.assert_close(a[: len(b)], b)
+        assert a.shape[0] in (40, 50) and not a[len(b) :].any()
+    assert Yardstick(case, shape, torch.float32, CPU).check(peers.airl.prepare(case, shape), inputs, ours=True).passed
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -348,6 +408,8 @@ def test_a_function_without_backward_makes_no_gradients():
         (["--backends", "nope"], "--backends nope: give some of airl"),
         (["--shapes", "linear:3x4"], "--shapes linear:3x4: give cpu, gpu"),
         (["--shapes", "linear:0x4x5"], "--shapes linear:0x4x5: give cpu, gpu"),
+        (["--shapes", "linear:3x4x9of8"], "--shapes linear:3x4x9of8: give cpu, gpu"),
+        (["--shapes", "logits:3x4of8"], "--shapes logits:3x4of8: give cpu, gpu"),
         (["--shapes", "absent.json"], "--shapes absent.json: cannot be read"),
         (["--ops", "gae", "--shapes", "logits:4x5"], "--ops and --shapes have nothing in common"),
         (["--budget-s", "-3"], "--budget-s -3: give a number of seconds above 0"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bench import updates
 from bench.updates import main
 
 SIZES = ["--prompts", "2", "--group", "2", "--prompt-tokens", "9", "--completion-tokens", "5", "--repeats", "1"]
@@ -22,6 +23,29 @@ def test_every_variant_is_timed(tmp_path, capsys):
     ours = rows["shared"]["model_flops_utilisation"] * rows["shared"]["seconds"]["policy"]
     assert ours == pytest.approx(rows["padded"]["model_flops_utilisation"] * rows["padded"]["seconds"]["policy"])
     assert "LoRA" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_leaves_the_rows_it_has(tmp_path, monkeypatch):
+    out, time_phase = tmp_path / "updates.json", updates._time
+
+    def stops(phase, device, repeats, seen=[]):  # noqa: B006  (counts the calls)
+        seen.append(phase)
+        if len(seen) > 3:  # the phases of the first variant
+            raise KeyboardInterrupt
+        return time_phase(phase, device, repeats)
+
+    monkeypatch.setattr(updates, "_time", stops)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--policy", "tiny", "--discriminator", "tiny", "--variants", "shared,packed", *SIZES, "--json", str(out)])
+    assert [row["variant"] for row in json.loads(out.read_text())["rows"]] == ["shared"]
+
+
+def test_what_a_budget_leaves_out_is_named(tmp_path, capsys):
+    sizes = [*SIZES, "--budget-s", "1e-9", "--variants", "shared"]
+    assert main(["--policy", "tiny", "--discriminator", "tiny", *sizes]) == 0
+    assert "tiny shared left out: the budget of 1e-09 s is used." in capsys.readouterr().out
+    assert main(["--variants", "shard"]) == 2
+    assert "--variants: no variant shard; choose from shared, trl" in capsys.readouterr().err
 
 
 def test_an_unknown_model(capsys):

@@ -288,6 +288,17 @@ def test_airl_trainer_trains_the_discriminator_too(tmp_path):
     assert float(logs[-1]["discriminator/reward_gap"]) > float(logs[0]["discriminator/reward_gap"]) + 0.1
 
 
+def test_airl_trainer_says_so_where_padded_batches_depend_on_the_longest_row(tmp_path, caplog):
+    from airl_fast.integrations.trl import AIRLTrainer
+
+    AIRLTrainer(reward=reward_of(), train_dataset=dataset(experts=False), **common(tmp_path))
+    assert "rotary factors" not in caplog.text
+    how = common(tmp_path)
+    how["model"].config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    AIRLTrainer(reward=reward_of(), train_dataset=dataset(experts=False), **how)
+    assert "other rotary factors above 64 tokens" in caplog.text
+
+
 def test_airl_trainer_refuses_what_has_no_meaning(tmp_path):
     from airl_fast.integrations.trl import AIRLTrainer
 

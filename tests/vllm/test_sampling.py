@@ -52,6 +52,19 @@ def test_samples_are_grouped_by_prompt_and_end_as_they_should(engine, lm):
     assert drawn(engine, temperature=0.0) == builtin.sample(lm, PROMPTS, 4, dataclasses.replace(PARAMS, temperature=0))
 
 
+def test_any_listed_end_ends_a_sample_and_none_in_a_prompt_does(engine, lm):
+    others = (8, 31, 60)  # prompts hold the first two
+    groups = drawn(engine, per_prompt=16, other_ends=others)
+    ends = {END, *others}
+    for one in (one for group in groups for one in group):
+        assert one.finished == (one.tokens[-1] in ends) and not set(one.tokens[:-1]) & ends
+        assert one.finished or len(one.tokens) == PARAMS.max_new_tokens
+    assert {one.tokens[-1] for group in groups for one in group} >= ends
+    assert furthest(lm, PROMPTS, groups) < 1e-4
+    greedy = dataclasses.replace(PARAMS, temperature=0.0, other_ends=others)
+    assert engine.sample(PROMPTS, 1, greedy) == builtin.sample(lm, PROMPTS, 1, greedy)
+
+
 def test_the_seed_decides_and_nothing_else(engine):
     first, other = drawn(engine), drawn(engine, seed=2)
     drawn(engine, [[1, 2, 3]], 30)

@@ -219,7 +219,7 @@
   function tokenSpan(trace, index, { piece, whole }, strength, last, view) {
     const span = make("span", "token");
     const isEnd = whole === "" && trace.finished && index === trace.r.length - 1;
-    let text = isEnd ? view.endToken : piece || "▯";
+    let text = isEnd ? trace.endToken ?? view.endToken : piece || "▯";
     if (isEnd) span.classList.add("end");
     text = text.replaceAll("\n", last ? "↵" : "↵\n");
     span.textContent = text;
@@ -250,7 +250,7 @@
     const index = Number(span.dataset.token);
     const { standardised, discounted } = values(view, trace);
     const { whole } = pieces(trace)[index];
-    const spelt = span.classList.contains("end") ? view.endToken : JSON.stringify(whole);
+    const spelt = span.classList.contains("end") ? trace.endToken ?? view.endToken : JSON.stringify(whole);
     const step = stepOf(trace, index);
     const table = make("table", "");
     for (const [name, value] of [

@@ -40,6 +40,7 @@ from .references import (
     plain_loss,
     token_logits,
 )
+from .rounding import WorstProducts, in_the_worst_order
 
 __all__ = [
     "VARIANTS",
@@ -47,6 +48,7 @@ __all__ = [
     "PolicyTokens",
     "TokenHead",
     "VocabularyHead",
+    "WorstProducts",
     "assert_all_as_careful",
     "assert_as_careful",
     "assert_as_good_as",
@@ -58,6 +60,7 @@ __all__ = [
     "expected_loss",
     "expected_returns",
     "expected_rewards",
+    "in_the_worst_order",
     "loop_gae",
     "loop_returns",
     "normal",

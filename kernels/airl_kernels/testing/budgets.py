@@ -1,6 +1,8 @@
 """How wrong a kernel may be, how many products it may compute, and how much memory it may take.
 
-The budget of an error is relative: at most twice that of careful torch in the same type, both against float64.
+The budget of an error is relative: at most twice that of careful torch in the same type, both against float64. Where
+matrix products take part, `careful` comes from `rounding.in_the_worst_order`: the error that any order of their sums
+may have, not that of the order which this processor's library chose. It then has one more dimension, the runs, first.
 """
 
 import os
@@ -20,7 +22,10 @@ _SLACK = 16 if INTERPRETED else 0.5
 
 
 def errors(value: Tensor, exact: Tensor, floor: float = 1e-3) -> tuple[float, float]:
-    """(root mean square, largest) error as a fraction of the largest exact magnitude, or of `floor` if it vanishes."""
+    """(root mean square, largest) error as a fraction of the largest exact magnitude, or of `floor` if it vanishes.
+
+    value: of the shape of `exact`, or several of them stacked.
+    """
     if not exact.numel():
         return 0.0, 0.0
     scale = float(exact.detach().abs().max().clamp(min=floor))
@@ -32,6 +37,7 @@ def assert_as_careful(ours: Tensor, careful: Tensor, exact: Tensor, floor: float
     """Our root mean square error is at most twice that of careful torch in the same precision, or rounding itself.
 
     The largest error, which a single number decides, may be four times that of careful torch.
+    careful: a result, or results of several runs stacked in a first dimension.
     slack: units of rounding of the largest exact magnitude (or of `floor`) that either may have beyond that.
     """
     assert ours.shape == exact.shape, (ours.shape, exact.shape)
@@ -44,24 +50,34 @@ def assert_as_careful(ours: Tensor, careful: Tensor, exact: Tensor, floor: float
 def assert_all_as_careful(runs: list[list[tuple[Tensor, ...]]], terms: float = 0.1) -> None:
     """`assert_as_careful` output by output, over several runs together: one number's rounding error is luck.
 
-    runs: for each seed [ours, careful, exact], each a tuple of the same outputs. Single numbers are sums that may
-    cancel; terms: what the magnitudes of their terms add up to at least.
+    runs: for each seed [ours, careful, exact], each a tuple of the same outputs; careful ones from
+    `in_the_worst_order`. Single numbers are sums that may cancel; terms: what the magnitudes of their terms add up to
+    at least.
     """
     for output in range(len(runs[0][0])):
         floor = terms if runs[0][0][output].numel() == 1 else 1e-3
-        assert_as_careful(*(torch.cat([run[who][output].reshape(-1) for run in runs]) for who in range(3)), floor)
+        ours, careful, exact = ([run[who][output] for run in runs] for who in range(3))
+        assert [t.shape for t in ours] == [t.shape for t in exact]
+        assert_as_careful(
+            torch.cat([t.reshape(-1) for t in ours]),
+            torch.cat([t.reshape(t.shape[0], -1) for t in careful], 1),
+            torch.cat([t.reshape(-1) for t in exact]),
+            floor,
+        )
 
 
 def rms_error(value: Tensor, truth: Tensor) -> float:
-    """Root mean square error, absolute."""
+    """Root mean square error, absolute; value: of the shape of `truth`, or several of them stacked."""
     return (value.detach().to(truth.device).double() - truth.detach()).square().mean().sqrt().item()
 
 
 def assert_as_good_as(ours: Tensor, careful: Tensor, truth: Tensor, what: str, scale: float = 0.0) -> None:
     """Our error is at most twice that of careful torch, allowing for the last bit of the result's type.
 
+    careful: a result, or results of several runs stacked in a first dimension.
     scale: size of the terms the result is a sum of, where they may cancel.
     """
+    assert ours.shape == truth.shape, (what, ours.shape, truth.shape)
     assert ours.dtype == careful.dtype or ours.dtype == torch.float32, what
     last_bit = torch.finfo(ours.dtype).eps * max(scale, truth.detach().abs().max().item())
     error, budget = rms_error(ours, truth), 2.0 * rms_error(careful, truth) + last_bit

@@ -1,0 +1,110 @@
+"""Lay the packages that a GPU machine lacks into one folder, which `make gpu-check` puts on its path.
+
+    python -m bench.carry [DIR] [--offline WHEELS]      # default .carry, which git ignores
+
+Downloads the wheels of `bench/carry.txt` for Python 3.12 on x86-64 Linux, without their dependencies, unpacks them
+and takes out what is not used: tests, type stubs, and of verl all but its fused kernels. Prints each package's size;
+exit code 1 when the folder takes more than 60 MiB.
+"""
+
+import argparse
+import fnmatch
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from bench.errors import BadArgument, Parser, run_command
+from bench.report import table
+
+REQUIREMENTS = Path(__file__).with_name("carry.txt")
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".carry"
+PYTHON = (3, 12)  # that the compiled ones are for
+MOST_BYTES = 60 << 20
+PLATFORMS = ("manylinux_2_34", "manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
+# Of these packages only what matches is kept. Without __init__.py, verl and verl.utils import none of its trainer.
+KEPT = {"verl": ("verl/utils/kernel/*", "verl/utils/device.py", "verl/plugin/*", "*.dist-info/METADATA")}
+LEFT_OUT = ("*/tests/*", "*/test/*", "*.pyi", "*.dist-info/RECORD", "*.dist-info/licenses/*", "*.dist-info/WHEEL")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command("bench.carry", _main, arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser: argparse.ArgumentParser = Parser(prog="python -m bench.carry", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="emptied first; default .carry")
+    parser.add_argument("--offline", type=Path, metavar="WHEELS", help="take the wheels from this folder")
+    options = parser.parse_args(arguments)
+    _empty(options.folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        wheels = options.offline or _download(Path(scratch))
+        found = sorted(wheels.glob("*.whl"))
+        if not found:
+            raise BadArgument(f"--offline {wheels}: holds no wheel; leave it out to download them.")
+        sizes = {wheel.name: unpack(wheel, options.folder) for wheel in found}
+    whole = sum(sizes.values())
+    lines = [(name, f"{size / 2**20:.2f}") for name, size in sorted(sizes.items(), key=lambda item: -item[1])]
+    print(table(("wheel", "MiB unpacked"), [*lines, ("all", f"{whole / 2**20:.2f}")]))
+    if whole > MOST_BYTES:
+        print(f"bench.carry: more than {MOST_BYTES >> 20} MiB; take a package out of {REQUIREMENTS}.", file=sys.stderr)
+    return int(whole > MOST_BYTES)
+
+
+def path_of(folder: Path = FOLDER) -> Path | None:
+    """The folder, where it was laid out and this Python can import from it."""
+    return folder if folder.is_dir() and sys.version_info[:2] == PYTHON else None
+
+
+def _empty(folder: Path) -> None:
+    """A folder of ours from before goes; anything else stays, and is refused."""
+    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("*.dist-info")):
+        raise BadArgument(f"{folder} holds something else; give an empty folder or a new one.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    command += [
+        "--python-version",
+        "{}.{}".format(*PYTHON),
+        "--implementation",
+        "cp",
+        "-d",
+        str(folder),
+        "-r",
+        str(REQUIREMENTS),
+    ]
+    command += [word for platform in PLATFORMS for word in ("--platform", f"{platform}_x86_64")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        lines = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")] or ["pip download failed"]
+        raise BadArgument(f"{lines[-1].removeprefix('ERROR: ')}; see the versions in {REQUIREMENTS}.")
+    return folder
+
+
+def unpack(wheel: Path, folder: Path) -> int:
+    """Bytes written. Only files that the package needs at run time."""
+    package, written = wheel.name.partition("-")[0], 0
+    with zipfile.ZipFile(wheel) as archive:
+        for entry in archive.infolist():
+            if entry.is_dir() or not is_kept(entry.filename, package):
+                continue
+            archive.extract(entry, folder)
+            written += entry.file_size
+    return written
+
+
+def is_kept(path: str, package: str) -> bool:
+    if ".." in PurePosixPath(path).parts or any(fnmatch.fnmatch(path, pattern) for pattern in LEFT_OUT):
+        return False
+    return any(fnmatch.fnmatch(path, pattern) for pattern in KEPT.get(package, ("*",)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
