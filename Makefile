@@ -2,6 +2,7 @@
 # make setup  create .venv for both (nothing when it is there)         make lint   ruff
 # make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and numpy
 # make test-processors   run the tests of the operations under other processors' arithmetic (SETTINGS=old for one)
+# make gpu-preflight   before a GPU visit, without a GPU: everything that can be known about it (3 GB to download)
 # make test-browser   run the tests of `airl-fast report` in Chromium, which must be installed
 # make test-vllm   run the tests of the vLLM sampler against the real one, for the CPU, in .venv-vllm
 # make peers  add TRL, Liger-Kernel and cut-cross-entropy, which tests and benchmarks compare with
@@ -15,12 +16,14 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+GPU_VENV := .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.installed
 PEER_SITE := build/peers/site
 PEER_STAMP := $(PEER_SITE)/.installed
 DIST ?= dist
 NATIVE := $(wildcard csrc/*) kernels/setup.py kernels/pyproject.toml
 
-.PHONY: setup peers peer-tests demo test test-processors test-browser test-vllm lint gpu-check dist clean
+.PHONY: setup peers peer-tests demo test test-processors test-browser test-vllm lint gpu-check gpu-preflight dist clean
 setup: $(STAMP)
 peers: $(PEERS)
 
@@ -83,6 +86,18 @@ OUT ?= gpu-check
 gpu-check:
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check $(OUT) $(GPU_CHECK)
 
+# The GPU machine's Python is 3.12; without one, the Python at hand, which the preflight's table names. JOBS: processes.
+GPU_PYTHON ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12 $(PYTHON); do \
+	"$$p" -c pass 2>/dev/null && echo "$$p" && break; done)
+JOBS ?= $(shell nproc)
+$(GPU_STAMP): constraints-gpu.txt
+	test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install -q --no-deps -r constraints-gpu.txt
+	touch $@
+
+gpu-preflight: $(GPU_STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=kernels:.:.carry $(GPU_VENV)/bin/python -m bench.preflight --jobs $(JOBS)
+
 # The wheels come from the source distributions, which thereby hold all that is needed, and no stale build folder.
 dist: setup
 	rm -rf $(DIST)
@@ -92,4 +107,4 @@ dist: setup
 	AIRL_KERNELS_NATIVE=0 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST) $(DIST)/*.tar.gz
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist kernels/build kernels/*.egg-info *.egg-info kernels/airl_kernels/_native.so
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist kernels/build kernels/*.egg-info *.egg-info kernels/airl_kernels/_native.so

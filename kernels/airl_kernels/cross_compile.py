@@ -103,7 +103,7 @@ def _compile_only(arch: int, compiled: dict) -> Iterator[None]:
         return kernel
 
     JITFunction.run = compile_instead
-    driver.set_active(_AbsentDevice(arch))
+    driver.set_active(AbsentDevice(arch))
     try:
         yield
     finally:
@@ -111,7 +111,7 @@ def _compile_only(arch: int, compiled: dict) -> Iterator[None]:
         driver._active = active
 
 
-class _AbsentDevice:
+class AbsentDevice:
     """What Triton asks its driver for when it compiles. The architecture doubles as the device's number."""
 
     def __init__(self, arch: int) -> None:
@@ -130,7 +130,7 @@ class _AbsentDevice:
 
 
 def _report(launch: str, kernel, arch: int) -> KernelReport:
-    usage = _resource_usage(kernel.asm["cubin"])
+    usage = resource_usage(kernel.asm["cubin"])
     meta = kernel.metadata
     return KernelReport(
         launch=launch,
@@ -146,7 +146,7 @@ def _report(launch: str, kernel, arch: int) -> KernelReport:
 
 
 @functools.cache
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def resource_usage(cubin: bytes) -> dict[str, int]:
     """The numbers of `cuobjdump -res-usage` for a cubin of one kernel."""
     from triton import knobs
 

@@ -1,0 +1,167 @@
+"""Launches recorded on a GPU that is not there, and the pool that compiles them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import precompile
+from bench.callers import _Evaluate
+from bench.pretend import pretend_gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, folder: Path) -> dict:
+    """What a process of its own prints as JSON on its last line. It fills a cache in `folder`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = os.pathsep.join((str(ROOT / "kernels"), str(ROOT), str(folder)))
+    environment |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# ---- a GPU that is not there -----------------------------------------------------------------------------------
+
+
+def test_tensors_look_as_on_a_gpu_inside_and_only_there():
+    with pretend_gpu(90):
+        x = torch.randn(4, 6, device="cuda:0", generator=torch.Generator("cuda").manual_seed(3))
+        row = x.to(torch.bfloat16)[1:]
+        assert (x.is_cuda, x.device.type, row.device.type, torch.zeros(2).device.type) == (True, "cuda", "cuda", "cpu")
+        assert (x.data_ptr() % 512, row.data_ptr() % 16) == (0, 12)
+        assert (x.sum().item(), bool((x > 0).all()), x.cpu().tolist()[0]) == (1.0, True, [1.0] * 6)
+        assert (x[x > 0].shape, torch.cuda.get_device_capability(), torch.cuda.device_count()) == ((12,), (9, 0), 1)
+        x.requires_grad_()
+        assert torch.autograd.grad((x @ x.T).sum(), x)[0].shape == x.shape
+    assert torch.zeros(2, device="meta").device.type == "meta"
+    assert not torch.zeros(2, device="meta").is_cuda
+    assert torch.cuda.device_count() == 0 or torch.cuda.get_device_name() != "NVIDIA H100 80GB HBM3 (pretended)"
+
+
+def test_assertions_are_evaluated_and_their_outcome_ignored():
+    import ast
+
+    source = "seen = []\nassert seen.append(1), 'no'\nassert 1 / 0\nseen.append(2)\n"
+    names: dict = {}
+    exec(compile(ast.fix_missing_locations(_Evaluate().visit(ast.parse(source))), "x", "exec"), names)
+    assert names["seen"] == [1, 2]
+
+
+# ---- recording -------------------------------------------------------------------------------------------------
+
+LAUNCHES = """
+import json, shutil, sys
+from pathlib import Path
+import torch
+from airl_kernels import selective_log_softmax
+from bench.pretend import pretend_gpu
+from bench.recording import compiling, recording
+
+def call():
+    for vocab, dtype in ((96, torch.float32), (97, torch.float32), (97, torch.bfloat16), (97, torch.float32)):
+        logits = torch.randn(5, vocab, device="cuda").to(dtype)
+        selective_log_softmax(logits, torch.zeros(5, dtype=torch.int64, device="cuda"))
+
+with pretend_gpu(), recording(90) as recorder:
+    call()
+found = list(recorder.found)
+"""
+FILL = """
+from bench.stubs import compile_one
+cold = [compile_one(entry, 90) for entry in found]
+warm = [compile_one(entry, 90) for entry in found]
+"""
+AGAIN = """
+with pretend_gpu(), compiling(90) as hits:
+    call()
+print(json.dumps({"hits": hits}))
+"""
+
+
+def test_what_is_compiled_from_the_record_is_what_a_launch_looks_up(tmp_path):
+    """By another process, as on the GPU machine; and a kernel that is missing from the cache is noticed."""
+    said = """
+print(json.dumps({"launches": recorder.launches, "names": [entry.name for entry in found],
+                  "errors": [entry.error for entry in (*cold, *warm)],
+                  "cold": [entry.hit for entry in cold], "warm": [entry.hit for entry in warm]}))
+"""
+    filled = python(LAUNCHES + FILL + said, tmp_path)
+    assert filled["launches"] == 4
+    assert len(set(filled["names"])) == 3  # 97 columns in float32 came twice; 96 is a multiple of 16
+    assert filled["errors"] == [""] * 6
+    assert (filled["cold"], filled["warm"]) == ([False] * 3, [True] * 3)
+    assert python(LAUNCHES + AGAIN, tmp_path) == {"hits": [True] * 3}
+    for group in list((tmp_path / "cache").glob("*/__grp___stats_kernel.json"))[:1]:
+        group.unlink()
+    assert sorted(python(LAUNCHES + AGAIN, tmp_path)["hits"]) == [False, True, True]
+
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def good(x, n):
+    tl.store(x, n)
+
+@triton.jit
+def broken(x, n):
+    tl.store(x, n + nothing_of_that_name)
+"""
+POOL = """
+import json
+import torch
+import made_kernels
+from bench.precompile import Precompiler, summary
+from bench.pretend import pretend_gpu
+from bench.recording import recording
+from dataclasses import asdict
+
+with pretend_gpu(), recording(90) as recorder:
+    for kernel in (made_kernels.broken, made_kernels.good):
+        kernel[(1,)](torch.zeros(3, device="cuda"), 5)
+known = {"specialisations": [asdict(entry) for entry in recorder.found]}
+outcome = Precompiler(arch=90, jobs=2, budget=BUDGET, say=print).run((), known, compile_them=True, verify=False)
+print(json.dumps({"code": outcome.code, "left": outcome.left, "summary": summary(outcome),
+                  "errors": {entry.name.split("(")[0]: entry.error for entry in outcome.compiled}}))
+"""
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_the_others_go_on(tmp_path):
+    (tmp_path / "made_kernels.py").write_text(KERNELS)
+    found = python(POOL.replace("BUDGET", "None"), tmp_path)
+    assert (found["code"], found["left"]) == (1, 0)
+    assert found["errors"]["good"] == ""
+    assert "nothing_of_that_name" in found["errors"]["broken"]
+    assert "2 kernels" in found["summary"] and "1 failed" in found["summary"]
+    assert "FAILED broken(" in found["summary"]
+
+
+def test_beyond_the_budget_nothing_is_started(tmp_path):
+    (tmp_path / "made_kernels.py").write_text(KERNELS + "# " + "x" * 10)
+    code = POOL.replace("BUDGET", "0.0").replace("(made_kernels.broken, made_kernels.good)", "(made_kernels.good,)")
+    code = code.replace("[asdict(entry)", "40 * [asdict(entry)")
+    found = python(code, tmp_path)
+    assert 30 <= found["left"] < 40
+    assert f"{found['left']} left out" in found["summary"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--jobs", "0"], "--jobs 0: give 1 or more processes."),
+        (["--callers", "nope"], "--callers nope: give some of updates, smoke,"),
+        (["--recorded", "/nowhere.json"], "--recorded /nowhere.json: give a file that --json wrote"),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_sentence(arguments, sentence, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert precompile.main(arguments) == 2
+    assert sentence in capsys.readouterr().err
