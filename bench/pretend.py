@@ -150,7 +150,9 @@ _aten = torch.ops.aten
 
 class _Invent(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):  # the other mode is off inside a call, such as that of autograd
+            kwargs["device"] = _META
         if op.namespace == "airl_kernels" and any(map(_on_meta, args)):
             from airl_kernels._common import DEFINED
 

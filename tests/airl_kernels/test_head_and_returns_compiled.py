@@ -52,7 +52,7 @@ def test_returns_move_sixteen_bytes_at_a_time(name):
 )
 def test_a_thousand_padded_sequences_are_one_launch_and_one_wave(op, bytes_read, arch, multiprocessors):
     """No second launch, for offsets or anything; every program resident at once, enough of their tiles under way."""
-    from airl_kernels.cross_compile import CHIPS, resource_usage, compiled_kernels, shipped_launches
+    from airl_kernels.cross_compile import CHIPS, compiled_kernels, resource_usage, shipped_launches
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Recorded(TorchDispatchMode):
@@ -77,7 +77,7 @@ def test_a_thousand_padded_sequences_are_one_launch_and_one_wave(op, bytes_read,
 @pytest.mark.parametrize("width", [896, 1536, 3584, 4096, 8192])
 def test_enough_of_hidden_is_under_way(width):
     """At the number of programs that fit: about 40 KB a multiprocessor of an H200 draw its memory's full rate."""
-    from airl_kernels.cross_compile import CHIPS, resource_usage, compiled_kernels, shipped_launches
+    from airl_kernels.cross_compile import CHIPS, compiled_kernels, resource_usage, shipped_launches
     from airl_kernels.token_head_triton import fused_tile
 
     call = shipped_launches(("token_head",))[f"discriminator_loss bce linear H={width}"]
