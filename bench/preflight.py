@@ -103,13 +103,14 @@ def check_environment(jobs: int):
     import torch
 
     pins = dict(line.split("==") for line in PINS.read_text().split() if "==" in line)
+    carried = {path.stem.lower().replace("-", "_") for path in CARRIED.glob("*.dist-info")}
     problems, notes = [], []
     for name, wanted in pins.items():
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             found = "absent"
-        if found.split("+")[0] != wanted and any(CARRIED.glob(f"{name.replace('-', '_')}-*.dist-info")):
+        if found.split("+")[0] != wanted and f"{name}-{found}".lower().replace("-", "_") in carried:
             notes.append(f"{name} {found} is carried and hides the machine's {wanted}")
         elif found.split("+")[0] != wanted:
             problems.append(f"{name} is {found}, the machine's list says {wanted}")

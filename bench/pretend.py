@@ -56,6 +56,8 @@ class _OnMeta(TorchFunctionMode):
             return args[0].to(_META)
         args = tuple(_META if _is_cuda(value) else value for value in args)
         kwargs = {name: _META if _is_cuda(value) else value for name, value in kwargs.items()}
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if kwargs.get("device") == _META or any(map(_on_meta, args[:1])):
             kwargs.pop("generator", None)
         return function(*args, **kwargs)
@@ -93,6 +95,7 @@ def _replacements(arch: int) -> Iterator[tuple[object, str, object]]:
     yield torch.Tensor, "device", property(_device)
     yield torch.Tensor, "is_cuda", property(lambda tensor: _device(tensor).type == "cuda")
     yield torch.Tensor, "data_ptr", _address
+    yield torch.Tensor, "pin_memory", lambda tensor, *_: tensor
     yield torch, "Generator", _Generator
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "synchronize": None,
@@ -147,7 +150,9 @@ _aten = torch.ops.aten
 
 class _Invent(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):  # the other mode is off inside a call, such as that of autograd
+            kwargs["device"] = _META
         if op.namespace == "airl_kernels" and any(map(_on_meta, args)):
             from airl_kernels._common import DEFINED
 

@@ -127,8 +127,16 @@ LISTED: tuple[Operator | Thing, ...] = (
     Thing(path="transformers.PreTrainedModel.set_attn_implementation"),
     Thing(path="transformers.PretrainedConfig._attn_implementation"),
 )
-# Private names that need no entry: of Python itself, and of a package that need not be there (its absence is said).
-EXEMPT = {"_asdict", "_SubParsersAction", "_wrapped_flash_attn_varlen_forward", "_wrapped_flash_attn_varlen_backward"}
+# Private names that need no entry: of Python itself, of every torch module (which makes them when it is made), and of
+# a package that need not be there (its absence is said).
+EXEMPT = {
+    "_asdict",
+    "_exit",
+    "_SubParsersAction",
+    "_forward_pre_hooks",
+    "_wrapped_flash_attn_varlen_forward",
+    "_wrapped_flash_attn_varlen_backward",
+}
 
 
 def problems() -> list[str]:

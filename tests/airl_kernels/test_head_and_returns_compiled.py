@@ -52,7 +52,7 @@ def test_returns_move_sixteen_bytes_at_a_time(name):
 )
 def test_a_thousand_padded_sequences_are_one_launch_and_one_wave(op, bytes_read, arch, multiprocessors):
     """No second launch, for offsets or anything; every program resident at once, enough of their tiles under way."""
-    from airl_kernels.cross_compile import CHIPS, _resource_usage, compiled_kernels, shipped_launches
+    from airl_kernels.cross_compile import CHIPS, compiled_kernels, resource_usage, shipped_launches
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Recorded(TorchDispatchMode):
@@ -66,7 +66,7 @@ def test_a_thousand_padded_sequences_are_one_launch_and_one_wave(op, bytes_read,
     with Recorded() as called:
         (scan,) = compiled_kernels(call, arch)
     assert set(called.names) <= {"empty_like", "view", "detach"}
-    meta, registers = scan.metadata, _resource_usage(scan.asm["cubin"])["REG"]
+    meta, registers = scan.metadata, resource_usage(scan.asm["cubin"])["REG"]
     resident = CHIPS[arch].multiprocessor.resident(meta.num_warps, registers, meta.shared)
     assert resident * multiprocessors >= 1024
     # The tiles in shared memory, but the one at work, are under way; a share of the traffic is written, not read.
@@ -77,12 +77,12 @@ def test_a_thousand_padded_sequences_are_one_launch_and_one_wave(op, bytes_read,
 @pytest.mark.parametrize("width", [896, 1536, 3584, 4096, 8192])
 def test_enough_of_hidden_is_under_way(width):
     """At the number of programs that fit: about 40 KB a multiprocessor of an H200 draw its memory's full rate."""
-    from airl_kernels.cross_compile import CHIPS, _resource_usage, compiled_kernels, shipped_launches
+    from airl_kernels.cross_compile import CHIPS, compiled_kernels, resource_usage, shipped_launches
     from airl_kernels.token_head_triton import fused_tile
 
     call = shipped_launches(("token_head",))[f"discriminator_loss bce linear H={width}"]
     (fused,) = (kernel for kernel in compiled_kernels(call, 90) if kernel.name == "_fused_kernel")
-    registers, meta = _resource_usage(fused.asm["cubin"])["REG"], fused.metadata
+    registers, meta = resource_usage(fused.asm["cubin"])["REG"], fused.metadata
     resident = CHIPS[90].multiprocessor.resident(meta.num_warps, registers, meta.shared)
     tile = fused_tile(width, False)
     size = 2 * tile.block_n * tile.block_h
