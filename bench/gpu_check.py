@@ -11,7 +11,7 @@ after the other, each within its own limit; one that fails or overruns does not 
     log.txt             what the stages printed
     summary.md          the goals and tables, written anew after every stage
     trace.json.gz       a profile of the two ops furthest from their goal
-    chunk_sweep.json    where there is such a stage
+    chunk_sweep.json    what the size of a chunk of logits costs
 
 Exit code 0; 1 when a test fails, an op answers wrongly, or a stage did not end; 2 when nothing could be run. A missed
 goal is shown and changes nothing. docs/benchmarks.md says how to publish the folder.

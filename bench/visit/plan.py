@@ -89,7 +89,7 @@ def _benchmark(visit: Visit, limit: float) -> list[str]:
 
 
 def _precompile(visit: Visit, limit: float) -> list[str]:
-    return [sys.executable, "-m", "bench.precompile", "--arch", "90", "--jobs", visit.jobs(16)]
+    return [sys.executable, "-m", "bench.precompile", "--arch", "90", "--jobs", visit.jobs(16), *_budget(limit)]
 
 
 def _tests(visit: Visit, limit: float) -> list[str]:
@@ -129,12 +129,12 @@ def _sweep(visit: Visit, limit: float) -> list[str]:
 STAGES = (
     Stage(name="smoke", seconds=45, toy_seconds=240, command=_smoke),
     Stage(name="headline", seconds=60, toy_seconds=150, command=_headline),
-    Stage(name="precompile", seconds=35, toy_seconds=None, command=_precompile, module="bench.precompile"),
+    Stage(name="precompile", seconds=35, toy_seconds=None, command=_precompile),
     Stage(name="tests", seconds=65, toy_seconds=180, command=_tests, module="pytest"),
     Stage(name="benchmark", seconds=80, toy_seconds=200, command=_benchmark, elastic=True),
     Stage(name="updates", seconds=60, toy_seconds=180, command=_updates),
     Stage(name="steps", seconds=35, toy_seconds=150, command=_steps),
     Stage(name="profile", seconds=30, toy_seconds=100, command=_profile),
     Stage(name="compiled", seconds=38, toy_seconds=180, command=_compiled, module="pytest"),
-    Stage(name="chunk_sweep", seconds=20, toy_seconds=None, command=_sweep, module="bench.chunk_sweep", elastic=True),
+    Stage(name="chunk_sweep", seconds=20, toy_seconds=None, command=_sweep, elastic=True),
 )
