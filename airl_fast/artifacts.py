@@ -62,6 +62,8 @@ def load_policy(directory: Path, config: ModelConfig, device: torch.device) -> L
     if directory.is_symlink():  # whose target knows nothing of the run's list
         manifest.check_model(directory)
     base = base_directory(directory)
+    if base is not None:
+        check_base(directory, base)
     settings = config.model_copy(update={"path": str(base or directory), "build": None})
     lm = load_language_model(settings, device, key=str(directory))
     if base is not None:
@@ -110,6 +112,15 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
         save_adapter(model, folder)
     else:
         model.save_pretrained(folder)
+
+
+def check_base(directory: Path, base: Path) -> None:
+    """UserError where the frozen weights under the adapter in `directory` are not those that its run began with: of a
+    directory of the user's only the run has a list, beside the link to it."""
+    for run in directory.resolve().parents[:3]:
+        start = run / START
+        if start.is_dir() and start.resolve() == base.resolve():
+            manifest.check_model(start)
 
 
 def save_reward(model: Discriminator, tokenizer, directory: Path) -> None:
@@ -165,6 +176,7 @@ def _load_backbone(
     if Path(start.model.name_or_path) == base.resolve() and is_quantised(start.model) == (quantise is not None):
         backbone = share(start.backbone)
     else:  # with its output layer, as in training: what is quantised must be the same
+        check_base(folder, base)
         whole = load_model(
             check_directory(str(base), "reward model"),
             "reward model",

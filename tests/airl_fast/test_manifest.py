@@ -255,6 +255,18 @@ def test_the_linked_weights_under_the_adapters_are_checked_too(adapted, tmp_path
         (base() / file).write_bytes(original)
 
 
+@pytest.mark.parametrize("name", ["export", "export the reward", "transfer of another run"])
+def test_the_linked_weights_are_checked_where_only_an_adapter_is_read(adapted, tmp_path, capsys, name):
+    original = (base() / "model.safetensors").read_bytes()
+    flip(base() / "model.safetensors")
+    try:
+        sentence = refused(READ[name][1](adapted, tmp_path), capsys)
+        assert f"{START} is not as it was written: model.safetensors has changed since it was written" in sentence
+    finally:
+        (base() / "model.safetensors").write_bytes(original)
+    assert main([str(word) for word in READ["export"][1](adapted, tmp_path)]) == 0
+
+
 def test_a_copy_in_place_of_the_link_is_checked_by_the_same_list(adapted):
     config = open_run(adapted).config.model
     (adapted / START).unlink()
