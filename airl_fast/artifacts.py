@@ -41,6 +41,7 @@ from airl_fast.traces import TraceMaker
 transformers_logging.disable_progress_bar()
 
 START, POLICY, REWARD = "start", "final/policy", "final/discriminator"
+_READER = f"discriminator.{manifest.MODEL}"  # of a run: the user's weights under its discriminator's adapters
 _HEAD_SETTINGS = ("head", "action_rank", "lipschitz")
 
 
@@ -62,6 +63,8 @@ def load_policy(directory: Path, config: ModelConfig, device: torch.device) -> L
     if directory.is_symlink():  # whose target knows nothing of the run's list
         manifest.check_model(directory)
     base = base_directory(directory)
+    if base is not None:
+        check_base(directory, base)
     settings = config.model_copy(update={"path": str(base or directory), "build": None})
     lm = load_language_model(settings, device, key=str(directory))
     if base is not None:
@@ -110,6 +113,33 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
         save_adapter(model, folder)
     else:
         model.save_pretrained(folder)
+
+
+def keep_reader(config: Config, run: Path, *, continued: bool) -> None:
+    """List the user's files that a discriminator's adapters lie over, where they are not the start policy's; in a run
+    that goes on, check them by that list. UserError for what has changed, and for what cannot be written."""
+    discriminator = config.discriminator
+    if not config.learns_reward or discriminator.lora is None or discriminator.path == "policy":
+        return
+    base = Path(discriminator.path).expanduser().resolve()
+    if continued:
+        manifest.check_list(run / _READER, base)
+        return
+    try:
+        manifest.write_list(run / _READER, base)
+    except OSError as error:
+        raise UserError(f"{run / _READER} could not be written ({error.strerror}); check the directory.") from None
+
+
+def check_base(directory: Path, base: Path) -> None:
+    """UserError where the frozen weights under the adapter in `directory` are not those that its run began with: of a
+    directory of the user's only the run has a list."""
+    for run in directory.resolve().parents[:3]:
+        start = run / START
+        if start.is_dir() and start.resolve() == base.resolve():
+            manifest.check_model(start)
+        elif directory.resolve() == run / REWARD:
+            manifest.check_list(run / _READER, base)
 
 
 def save_reward(model: Discriminator, tokenizer, directory: Path) -> None:
@@ -165,6 +195,7 @@ def _load_backbone(
     if Path(start.model.name_or_path) == base.resolve() and is_quantised(start.model) == (quantise is not None):
         backbone = share(start.backbone)
     else:  # with its output layer, as in training: what is quantised must be the same
+        check_base(folder, base)
         whole = load_model(
             check_directory(str(base), "reward model"),
             "reward model",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from airl_fast.artifacts import POLICY, REWARD, base_directory, write_whole
+from airl_fast.artifacts import POLICY, REWARD, base_directory, check_base, write_whole
 from airl_fast.config import Config
 from airl_fast.errors import UserError
 from airl_fast.manifest import MODEL, check_model
@@ -70,6 +70,7 @@ def _copy_adapter(source: Path, folder: Path, base: Path) -> None:
 
 def _write_merged(source: Path, what: str, config: Config, folder: Path) -> None:
     base = base_directory(source)
+    check_base(source, base)
     settings = config.model if what == "policy" else config.discriminator
     model = load_model(
         check_directory(str(base), what),

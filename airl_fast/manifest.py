@@ -49,8 +49,20 @@ def sync(path: Path) -> None:
 
 def write_beside(directory: Path) -> None:
     """The sums of the files that are read of a directory of the user's, beside `directory`, which links to it."""
+    write_list(_beside(directory), directory)
+
+
+def write_list(file: Path, directory: Path) -> None:
+    """The same in a file of any name."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _READ)
-    _write(_beside(directory), directory, files, {})
+    _write(file, directory, files, {})
+
+
+def check_list(file: Path, directory: Path) -> None:
+    """UserError as `check_model` by a list that `write_list` wrote; without one, `directory` is taken as it is."""
+    found = _problem(file, directory, {}) if file.is_file() else None
+    if found is not None:
+        raise UserError(_refusal(directory, found, file))
 
 
 def has_model_list(directory: Path) -> bool:
@@ -74,10 +86,14 @@ def check_model(directory: Path) -> None:
             added = [name for name in names if name not in listed and not _is_harmless(name)]
             found = f"{added[0]} was added to it" if added else None
         if found is not None:
-            raise UserError(
-                f"{directory} is not as it was written: {found}; restore it from a copy, or, if the change is your "
-                f"own, delete {file}."
-            )
+            raise UserError(_refusal(directory, found, file))
+
+
+def _refusal(directory: Path, found: str, file: Path) -> str:
+    return (
+        f"{directory} is not as it was written: {found}; restore it from a copy, or, if the change is your own, "
+        f"delete {file}."
+    )
 
 
 def _beside(directory: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from airl_fast import baselines
-from airl_fast.artifacts import POLICY, REWARD, START, keep_start, load_policy, save_policy, save_reward
+from airl_fast.artifacts import POLICY, REWARD, START, keep_reader, keep_start, load_policy, save_policy, save_reward
 from airl_fast.batches import Replay, rollout_stats, sample_traces, synchronise
 from airl_fast.checkpoint import SignalGuard
 from airl_fast.config import Config
@@ -89,6 +89,7 @@ def train_run(
         if not continued:
             model = _warm_start(config, material.task, model, run.path / START, progress, guard)
         lab = make_lab(config, material, model, device, progress.message)
+        keep_reader(config, run.path, continued=continued)
         _say_attention(lab, progress.message)
         for model_name, what in what_is_trained(lab).items():
             progress.message(f"{model_name}: trains {what}")

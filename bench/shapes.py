@@ -1,7 +1,8 @@
 """Problem sizes, by name. A name says everything: `linear:4096x896x151936` is N=4096 tokens, H=896, V=151936.
 
 `linear:4096x896x151665of151936` is the head as the trainer takes it: the 151,665 rows that the tokenizer can write,
-sliced out of a weight of 151,936 rows; a gradient of the weight reaches all of them.
+the first of a weight of 151,936 rows; a gradient of the weight has all of them. Ours are told how many count, as in
+the trainer (`num_tokens`); whoever cannot be told is given a slice.
 """
 
 import json

@@ -105,7 +105,8 @@ def check_directory(path: str, key: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         hint = " (pickled *.bin weights are not read; convert them)" if any(folder.glob("*.bin")) else ""
         raise UserError(f"{key}: {path} has no *.safetensors weights{hint}; save the model as safetensors.")
-    _check_shards(folder / "model.safetensors.index.json", key)
+    for index in sorted(folder.rglob("*.index.json")):  # config.json may name any of them
+        _check_shards(index, key)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{key}: {path} has no tokenizer.json; save the model's fast tokenizer beside its weights.")
     return folder

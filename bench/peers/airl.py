@@ -59,8 +59,8 @@ def _policy_arguments(inputs: LinearInputs | LogitInputs) -> dict[str, object]:
 
 def _linear_ppo_loss(inputs: LinearInputs) -> Tensor:
     loss, _ = ak.linear_ppo_loss(
-        inputs.hidden, inputs.head, inputs.targets, inputs.old_logprobs, inputs.advantages, inputs.mask,
-        entropy=False, **_policy_arguments(inputs),
+        inputs.hidden, inputs.weight, inputs.targets, inputs.old_logprobs, inputs.advantages, inputs.mask,
+        entropy=False, num_tokens=inputs.vocabulary, **_policy_arguments(inputs),
     )  # fmt: skip
     return loss
 
@@ -76,7 +76,8 @@ def prepare(case: Case, shape: Shape) -> Run:
         return ak.ppo_loss(selective(inputs), *per_token, **_policy_arguments(inputs))[0]
 
     def linear_logprob(inputs: LinearInputs) -> Tensor | tuple[Tensor, Tensor]:
-        return ak.linear_logprob(inputs.hidden, inputs.head, inputs.targets, entropy=case.entropy)
+        layout = {"num_tokens": inputs.vocabulary, "entropy": case.entropy}
+        return ak.linear_logprob(inputs.hidden, inputs.weight, inputs.targets, **layout)
 
     functions = {
         "token_rewards": _token_rewards,

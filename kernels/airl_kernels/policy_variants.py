@@ -136,7 +136,8 @@ def clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: f
     high = (advantages > 0) & (ratio > 1.0 + clip_high)
     low = (advantages < 0) & (ratio < 1.0 - clip_low)
     dual = (advantages < 0) & (ratio > dual_clip) if dual_clip else torch.zeros_like(low)
-    bound = torch.where(high, 1.0 + clip_high, torch.where(low, 1.0 - clip_low, dual_clip))
+    bound = torch.full_like(ratio, dual_clip)  # of two numbers alone `where` makes a float32
+    bound = torch.where(high, 1.0 + clip_high, torch.where(low, 1.0 - clip_low, bound))
     stopped = high | low | dual
     loss = torch.where(advantages == 0, 0.0, -advantages * torch.where(stopped, bound, ratio))
     return Surrogate(loss, torch.where(stopped, 0.0, loss), low, high, dual)

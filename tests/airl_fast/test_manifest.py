@@ -255,6 +255,18 @@ def test_the_linked_weights_under_the_adapters_are_checked_too(adapted, tmp_path
         (base() / file).write_bytes(original)
 
 
+@pytest.mark.parametrize("name", ["export", "export the reward", "transfer of another run"])
+def test_the_linked_weights_are_checked_where_only_an_adapter_is_read(adapted, tmp_path, capsys, name):
+    original = (base() / "model.safetensors").read_bytes()
+    flip(base() / "model.safetensors")
+    try:
+        sentence = refused(READ[name][1](adapted, tmp_path), capsys)
+        assert f"{START} is not as it was written: model.safetensors has changed since it was written" in sentence
+    finally:
+        (base() / "model.safetensors").write_bytes(original)
+    assert main([str(word) for word in READ["export"][1](adapted, tmp_path)]) == 0
+
+
 def test_a_copy_in_place_of_the_link_is_checked_by_the_same_list(adapted):
     config = open_run(adapted).config.model
     (adapted / START).unlink()
@@ -263,3 +275,21 @@ def test_a_copy_in_place_of_the_link_is_checked_by_the_same_list(adapted):
     flip(adapted / START / "model.safetensors")
     with pytest.raises(Exception, match="start is not as it was written: model.safetensors has changed"):
         load_policy(adapted / START, config, torch.device("cpu"))
+
+
+def test_the_users_weights_under_a_discriminator_are_checked(tmp_path, capsys):
+    """They are another directory than the policy's, which no other list has; without adapters final/ holds them all."""
+    reader = tmp_path / "reader"
+    shutil.copytree(model_directory(), reader)
+    words = over(model_directory(), *LORA, "steps=1", "checkpoint_every=1", "evaluate.final=false",
+                 f"discriminator.path={reader}", f"output_dir={tmp_path}")  # fmt: skip
+    train(*words, "--run-name", "run")
+    run, resume = tmp_path / "run", ["train", "tiny", *words, "--run-name", "run", "--resume", "auto"]
+    commands = [READ["score"][1](run, tmp_path), READ["export the reward"][1](run, tmp_path), resume]
+    flip(reader / "model.safetensors")
+    for command in commands:
+        sentence = refused(command, capsys)
+        assert f"{reader} is not as it was written: model.safetensors has changed since it was written" in sentence
+        assert sentence.endswith(f"delete {run / 'discriminator.airl_manifest.json'}.")
+    flip(reader / "model.safetensors")
+    assert main([str(word) for word in commands[0]]) == 0

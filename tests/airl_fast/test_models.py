@@ -166,6 +166,13 @@ def an_index_of(shard):
     return write
 
 
+def an_index_by_another_name(folder):
+    """transformers reads the one that config.json names."""
+    an_index_of("w.bin")(folder)
+    (folder / "model.safetensors.index.json").rename(folder / "mine.safetensors.index.json")
+    rewrite(folder, "config.json", lambda c: c.update(transformers_weights="mine.safetensors.index.json"))
+
+
 def cut_weights(folder):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -195,6 +202,7 @@ DAMAGE = {
         "holds a PEFT adapter, beside its model; give its base model",
     ),
     "an index that names pickles": (an_index_of("w.bin"), "names 'w.bin', which is no *.safetensors file beside it"),
+    "another index that names pickles": (an_index_by_another_name, "names 'w.bin', which is no *.safetensors file"),
     "an index that leads out": (an_index_of("../x.safetensors"), "names '../x.safetensors', which is no"),
     "only pickled weights": (only_pickled, "pickled *.bin weights are not read; convert them"),
     "weights cut short": (cut_weights, "the model in"),

@@ -48,6 +48,14 @@ def test_every_variant_matches_its_formula(device, variant, choice, extras, mask
     torch.testing.assert_close(found.cpu().double(), truth, rtol=1e-4, atol=1e-7)
 
 
+def test_the_bounds_of_the_clip_are_as_exact_as_the_type():
+    logprobs = torch.tensor([1.9, 0.1, 4.0], dtype=torch.float64).log()
+    advantages = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+    _, stats = ppo_loss(logprobs, torch.zeros(3), advantages, clip_low=0.1, clip_high=0.3, dual_clip=1.7)
+    expected = torch.tensor([-1.3, 0.9, 1.7], dtype=torch.float64)
+    torch.testing.assert_close(stats.token_surrogate, expected, rtol=1e-15, atol=0)
+
+
 def test_clipping_by_hand():
     # ratios 1.5, 0.5, 1.5, 0.5, 4 with advantages +1, +1, -1, -1, -1; bounds 0.8 and 1.2, dual clip 3
     logprobs = torch.tensor([1.5, 0.5, 1.5, 0.5, 4.0]).log().requires_grad_()

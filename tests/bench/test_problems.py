@@ -66,3 +66,21 @@ def test_a_padded_head_gives_the_same_and_no_gradient_past_its_rows(case):
         torch.testing.assert_close(a[: len(b)], b)
         assert a.shape[0] in (40, 50) and not a[len(b) :].any()
     assert Yardstick(case, shape, torch.float32, CPU).check(peers.airl.prepare(case, shape), inputs, ours=True).passed
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.op in ("linear_logprob", "linear_ppo_loss")],
+    ids=lambda c: f"{c.op} {c.mode}",
+)
+def test_ours_are_told_how_many_rows_of_the_head_are_tokens(case, monkeypatch):
+    """As in the trainer: a slice's backward pass would fill and copy a whole gradient of the weight."""
+    shape, original, seen = parse_shape("linear:40x8x47of50"), getattr(peers.airl.ak, case.op), []
+
+    def spy(hidden, weight, *rest, **named):
+        seen.append((weight.shape[0], named["num_tokens"]))
+        return original(hidden, weight, *rest, **named)
+
+    monkeypatch.setattr(peers.airl.ak, case.op, spy)
+    peers.airl.prepare(case, shape)(make_inputs(case, shape, torch.float32, CPU))
+    assert seen == [(50, 47)]
