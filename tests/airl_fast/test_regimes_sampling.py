@@ -112,14 +112,14 @@ def test_a_model_of_one_regime_is_decoded_as_before():
     """The wrapper is not even entered: `decode` is given the very prompts and draws."""
     lm, seen = language_model(), []
 
-    def only_once(lm, prompts, limits, end, draw, stop):
+    def only_once(lm, prompts, limits, ends, draw, stop):
         seen.append((prompts, draw))
-        return decode(lm, prompts, limits, end, draw, stop)
+        return decode(lm, prompts, limits, ends, draw, stop)
 
     from airl_fast.rollout.crossing import decode_by_regime
 
     prompts, draw = [[1, 2], [3]], lambda rows, logits: (logits.argmax(-1), logits[:, 0])
-    decode_by_regime(only_once, lm, prompts, [2, 2], STOP, draw)
+    decode_by_regime(only_once, lm, prompts, [2, 2], {STOP}, draw)
     assert seen == [(prompts, draw)]
 
 

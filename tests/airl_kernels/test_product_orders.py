@@ -215,10 +215,9 @@ def _without_tail(columns: int) -> Callable:
     return change
 
 
-def _negated_entropy(logits, targets, mapping, row_max, log_sum, entropy, grad_logprob, grad_entropy):
-    return logits, targets, mapping, row_max, log_sum, entropy, grad_logprob, None if grad_entropy is None else (
-        -grad_entropy
-    )  # fmt: skip
+def _negated_entropy(logits, targets, mapping, row_max, log_sum, entropy, grad_logprob, grad_entropy, *rest):
+    opposite = None if grad_entropy is None else -grad_entropy
+    return logits, targets, mapping, row_max, log_sum, entropy, grad_logprob, opposite, *rest
 
 
 def _negated(logits, *_rest):
