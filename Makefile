@@ -1,6 +1,7 @@
 # make demo   train the embedded example and show what it learned      make test   run the tests
 # make setup  create .venv for both (nothing when it is there)         make lint   ruff
 # make gpu-check OUT=dir   test and measure the operations on an NVIDIA GPU; $(PYTHON) needs torch, triton and numpy
+# make test-processors   run the tests of the operations under other processors' arithmetic (SETTINGS=old for one)
 # make gpu-preflight   before a GPU visit, without a GPU: everything that can be known about it (3 GB to download)
 # make test-browser   run the tests of `airl-fast report` in Chromium, which must be installed
 # make test-vllm   run the tests of the vLLM sampler against the real one, for the CPU, in .venv-vllm
@@ -22,7 +23,7 @@ PEER_STAMP := $(PEER_SITE)/.installed
 DIST ?= dist
 NATIVE := $(wildcard csrc/*) kernels/setup.py kernels/pyproject.toml
 
-.PHONY: setup peers peer-tests demo test test-browser test-vllm lint gpu-check gpu-preflight dist clean
+.PHONY: setup peers peer-tests demo test test-processors test-browser test-vllm lint gpu-check gpu-preflight dist clean
 setup: $(STAMP)
 peers: $(PEERS)
 
@@ -56,6 +57,10 @@ demo: setup
 # Two processes of one thread each: the tests are many and small. A file stays in one process, with its fixtures.
 test: setup peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The same tests as the libraries of another processor compute: python -m tests.processors -h names the settings.
+test-processors: setup peers
+	$(BIN)/python -m tests.processors $(SETTINGS)
 
 # A test that finds no browser fails here; within `make test` it is skipped. Screenshots go to build/screenshots.
 test-browser: setup

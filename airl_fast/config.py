@@ -58,7 +58,7 @@ class ModelConfig(Section):
     path: str | None = None  # a local Hugging Face directory: config, weights, fast tokenizer
     build: BuildConfig | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    fp32_logits: bool = False  # of the log-probabilities, for a bfloat16 model: exact to 2^-24, thrice the memory
+    fp32_logits: bool = False  # of log-probabilities; a bfloat16 model's are rounded by 2^-8
     quantise: Literal["nf4"] | None = None  # bitsandbytes; the frozen weights under the adapters
     lora: LoraConfig | None = None  # None trains every weight
     gradient_checkpointing: bool = False

@@ -33,6 +33,7 @@ QUICK_SETTINGS = ("old",)
 FULL = (
     "tests/airl_kernels",
     "tests/bench/test_ops.py",
+    "tests/bench/test_verify.py",
     "tests/gpu/test_ops_on_gpu.py",
     "tests/gpu/test_edges_on_gpu.py",
 )

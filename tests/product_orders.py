@@ -86,9 +86,8 @@ def _in_place(function: Callable) -> Callable:
     return lambda target, *args, **kwargs: target.copy_(function(target, *args, **kwargs))
 
 
-@contextmanager
-def products_in_order(order: str) -> Iterator[None]:
-    """Within it every matrix product of the CPU adds up in this order, one of ORDERS."""
+def _install(order: str) -> torch.library.Library:
+    """Replace torch's products until the library returned is destroyed."""
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order}.")
     library = torch.library.Library("aten", "IMPL")
@@ -99,12 +98,19 @@ def products_in_order(order: str) -> Iterator[None]:
             library.impl(f"{name}.out", _into(function), "CPU", allow_override=True)
             if name in ("addmm", "baddbmm", "addmv"):
                 library.impl(f"{name}_", _in_place(function), "CPU", allow_override=True)
+    return library
+
+
+@contextmanager
+def products_in_order(order: str) -> Iterator[None]:
+    """Within it every matrix product of the CPU adds up in this order, one of ORDERS."""
+    library = _install(order)
     try:
         yield
     finally:
         library._destroy()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config) -> None:
     """As a plugin: for as long as the process lives."""
-    products_in_order(os.environ["AIRL_PRODUCT_ORDER"]).__enter__()
+    config.product_orders = _install(os.environ["AIRL_PRODUCT_ORDER"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.visit.shards import run_shards
 from bench.visit.stream import VARIABLE
 
-TESTS = ("tests/gpu/test_ops_on_gpu.py", "tests/gpu/test_edges_on_gpu.py", "tests/gpu/test_attention_on_gpu.py")
+TESTS = tuple(f"tests/gpu/test_{name}_on_gpu.py" for name in ("ops", "edges", "devices", "attention", "sampler"))
 _COMPILED = "compiles_whole"
 _ENDS = (0, 1, 5)  # pytest's: all passed, some failed, none collected
 

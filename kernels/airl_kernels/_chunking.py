@@ -17,9 +17,11 @@ _MIB = 1 << 20
 # The CPU budget is fixed so that results there repeat bit for bit whatever else the machine is doing. It stays
 # below the size from which glibc returns every freed buffer to the kernel and pays for its pages again (32 MiB).
 _CPU_BUDGET = 24 * _MIB
-# On CUDA a quarter of what is free. Every chunk reads and writes the fp32 weight gradient once more (8·V·H bytes),
-# so chunks should be large; beyond the ceiling that traffic is a few percent of the chunk's own products.
-_CUDA_SHARE, _CUDA_FLOOR, _CUDA_CEILING = 0.25, 256 * _MIB, 6144 * _MIB
+# On CUDA a quarter of what is free, up to a ceiling. Every chunk but the first reads and writes the fp32 gradient of
+# the weight once more: 8·V·H bytes beside its three products of 2·C·V·H operations, predicted to be 320 / C of their
+# time for C rows (3 TB/s, 720 TFLOP/s, nothing hidden). The ceiling is 8192 rows of a vocabulary of 152,064: 2% for
+# 16384 rows in two chunks. `python -m bench.chunk_sweep` measures it.
+_CUDA_SHARE, _CUDA_FLOOR, _CUDA_CEILING = 0.25, 256 * _MIB, 2560 * _MIB
 
 # Of fewer rows MKL adds up a float32 product's terms one after the other: over a vocabulary, ten to fifty times the
 # error of four rows.

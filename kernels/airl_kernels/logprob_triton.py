@@ -47,18 +47,27 @@ def _score(x, inner, outer, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _add_tile(z, top, sums, dots, ENTROPY: tl.constexpr):
-    """Fold a tile of scores into the row's maximum and its lanes' Σ exp(z - top) and Σ exp(z - top)·(z - top)."""
-    new_top = tl.maximum(top, tl.max(z, axis=0))
-    # While every score so far is -inf there is nothing to rescale, and -inf - -inf must not be computed.
-    base = tl.where(new_top == -_INFINITY, 0.0, new_top)
+def _weights(top, base):
+    """(exp(top - base), top - base), both 0 where nothing but -inf was met: -inf - -inf must not be computed."""
     shift = tl.where(top == -_INFINITY, 0.0, top - base)
-    decay = tl.where(top == -_INFINITY, 0.0, tl.exp(shift))
-    distance = z - base
+    return tl.where(top == -_INFINITY, 0.0, tl.exp(shift)), shift
+
+
+@triton.jit
+def _add_tile(z, top, sums, dots, ENTROPY: tl.constexpr):
+    """Fold a tile of scores into each lane's maximum, Σ exp(z - top) and Σ exp(z - top)·(z - top).
+
+    A lane is eight neighbours, one 16-byte load of bf16, and has a maximum of its own: no tile waits for the others.
+    """
+    z = tl.reshape(z, [top.shape[0], 8])
+    new_top = tl.maximum(top, tl.max(z, axis=1))
+    base = tl.where(new_top == -_INFINITY, 0.0, new_top)
+    decay, shift = _weights(top, base)
+    distance = z - base[:, None]
     e = tl.exp(distance)
     if ENTROPY:
-        dots = decay * (dots + shift * sums) + tl.where(e == 0.0, 0.0, e * distance)
-    sums = decay * sums + e
+        dots = decay * (dots + shift * sums) + tl.sum(tl.where(e == 0.0, 0.0, e * distance), axis=1)
+    sums = decay * sums + tl.sum(e, axis=1)
     return new_top, sums, dots
 
 
@@ -73,19 +82,21 @@ def _stats_kernel(
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * stride
     columns = tl.arange(0, BLOCK)
-    top = tl.full([], float("-inf"), dtype=tl.float32)
-    sums = tl.zeros([BLOCK], dtype=tl.float32)
-    dots = tl.zeros([BLOCK], dtype=tl.float32)
+    tops = tl.full([BLOCK // 8], float("-inf"), dtype=tl.float32)
+    sums = tl.zeros([BLOCK // 8], dtype=tl.float32)
+    dots = tl.zeros([BLOCK // 8], dtype=tl.float32)
     whole = vocab // BLOCK * BLOCK
     for first in tl.range(0, whole, BLOCK, num_stages=STAGES):
         z = _score(tl.load(start + first + columns).to(tl.float32), inner, outer, CAPPED)
-        top, sums, dots = _add_tile(z, top, sums, dots, ENTROPY)
+        tops, sums, dots = _add_tile(z, tops, sums, dots, ENTROPY)
     if whole < vocab:
         inside = whole + columns < vocab
         x = tl.load(start + whole + columns, mask=inside, other=0.0).to(tl.float32)
         z = tl.where(inside, _score(x, inner, outer, CAPPED), -_INFINITY)
-        top, sums, dots = _add_tile(z, top, sums, dots, ENTROPY)
-    total = tl.sum(sums, axis=0)
+        tops, sums, dots = _add_tile(z, tops, sums, dots, ENTROPY)
+    top = tl.max(tops, axis=0)
+    weights, shifts = _weights(tops, top)
+    total = tl.sum(weights * sums, axis=0)
     log_total = tl.log(total)
     target = tl.load(targets + row)
     known = (target >= 0) & (target < vocab)
@@ -94,7 +105,7 @@ def _stats_kernel(
     tl.store(row_max + row, top)
     tl.store(log_sum + row, log_total)
     if ENTROPY:
-        tl.store(entropy + row, log_total - tl.sum(dots, axis=0) / total)
+        tl.store(entropy + row, log_total - tl.sum(weights * (dots + shifts * sums), axis=0) / total)
 
 
 @triton.jit

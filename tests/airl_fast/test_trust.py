@@ -214,7 +214,7 @@ def test_a_directory_that_needs_its_code_is_refused(theirs, tmp_path, mark, caps
 
 def test_serve_refuses_their_run_before_it_answers(theirs, mark):
     command = [sys.executable, "-m", "airl_fast", "serve", str(theirs), "--port", "0"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 2 and SWITCH in run.stderr and "Traceback" not in run.stderr
     assert "serving" not in run.stdout and not mark.exists()
 

@@ -10,6 +10,7 @@ from airl_kernels.policy_loss import _ppo_loss
 from airl_kernels.testing import INTERPRETED, VARIANTS, make_policy_tokens, plain_loss, with_garbage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.airl_kernels.cases import DEVICES
 
@@ -269,6 +270,34 @@ def test_any_input_matches_the_formula(variant, lengths, seed, masked, extras, l
     assert 0 <= stats.clip_fraction.item() <= 1
     assert stats.approx_kl.item() >= 0
     assert stats.reference_kl.item() >= 0
+
+
+class _Launches(TorchDispatchMode):
+    """What a call asks of the device outside its op: calls that make or fill a tensor, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function not in (torch.ops.aten.detach.default, torch.ops.aten.unbind.int):
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the op where this looks")
+def test_a_loss_is_its_op_and_a_division():
+    """No launch for statistics, whoever reads them; a count of tokens only where it is the denominator."""
+    exact = logprobs_of()
+    case = make_policy_tokens(exact, LENGTHS)
+    arguments = case.arguments(torch.float32, "cpu") | {"cu_seqlens": None}  # which the CPU alone reads
+    leaf = exact.float().requires_grad_()
+    for denominator, expected in ((10.0, []), (None, ["aten::sum", "aten::clamp"])):
+        with _Launches() as launches:
+            _, stats = ppo_loss(leaf, **arguments, denominator=denominator)
+            read = stats.clip_fraction, stats.token_clipped, stats.num_tokens, stats.approx_kl
+        assert launches.names == [*expected, "airl_kernels::ppo_loss", "aten::div.Tensor"]
+        assert read[2] == case.mask.sum()
 
 
 ONES = torch.ones(4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import ops, peers
-from bench.cases import CASES, OPS, Result, by_autograd
+from bench.cases import CASES, OPS, by_autograd
 from bench.costs import cost_of
 from bench.floors import Probe
 from bench.inputs import make_inputs
@@ -109,84 +109,6 @@ def test_a_run_that_is_stopped_leaves_the_problems_it_has(tmp_path, monkeypatch)
     assert [row.op for row in read_rows(path)] == ["discounted_returns"]
 
 
-# ---- verification ------------------------------------------------------------------------------------------------
-
-
-def wrong_backend(change) -> SimpleNamespace:
-    """Ours, with its result changed; named as ours, so that the command must fail."""
-
-    def prepare(case, shape):
-        right = peers.airl.prepare(case, shape)
-        return lambda inputs: change(right(inputs))
-
-    return SimpleNamespace(NAME="airl", version=lambda: None, unavailable=lambda device: None, prepare=prepare)
-
-
-def scaled(result: Result, factor: float) -> Result:
-    return replace(result, gradients=tuple(g * factor for g in result.gradients))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op} {c.mode}")
-def test_verification_passes_ours_and_catches_two_percent(case, dtype):
-    shape = next(shape for shape in load_shapes(TINY) if case.runs_at(shape))
-    yardstick = Yardstick(case, shape, dtype, CPU)
-    run = peers.airl.prepare(case, shape)
-    inputs = [make_inputs(case, shape, dtype, CPU) for _ in range(3)]
-    assert yardstick.check(run, inputs[0], ours=True).passed
-
-    def off(inputs):
-        right = run(inputs)
-        parts = right.gradients or right.outputs
-        changed = (parts[0] * 1.02, *parts[1:])
-        return replace(right, **{"gradients" if right.gradients else "outputs": changed})
-
-    assert not yardstick.check(off, inputs[1], ours=True).passed
-
-
-def test_verification_catches_nan_and_missing_gradients():
-    case, shape = next(c for c in CASES if c.op == "gae"), parse_shape("sequences:4x12")
-    yardstick, run = Yardstick(case, shape, torch.float32, CPU), peers.airl.prepare(case, shape)
-    inputs = make_inputs(case, shape, torch.float32, CPU)
-
-    def with_nan(inputs):
-        first, second = run(inputs).outputs
-        return Result(outputs=(first, second * torch.nan), gradients=())
-
-    assert yardstick.check(run, inputs, ours=True).passed
-    assert yardstick.check(with_nan, inputs, ours=True).what == "output 1"
-    assert not yardstick.check(with_nan, inputs, ours=True).passed
-    assert not yardstick.check(lambda i: Result(outputs=(), gradients=()), inputs, ours=True).passed
-
-
-def test_an_error_in_the_last_rows_at_full_size_is_seen():
-    """Such as an offset that overflows: the problem of 256 tokens is right, the whole is not."""
-    (case,) = (c for c in CASES if (c.op, c.mode) == ("linear_logprob", "frozen f+b"))
-    shape = parse_shape("linear:400x8x50")
-    right = peers.airl.prepare(case, shape)
-
-    def run(inputs):
-        result = right(inputs)
-        if result.outputs[0].numel() == 400:
-            result.gradients[0][399] = 0.0
-        return result
-
-    check = Yardstick(case, shape, torch.float32, CPU).check(
-        run, make_inputs(case, shape, torch.float32, CPU), ours=True
-    )
-    assert not check.passed
-    assert check.what == "sampled rows of gradient 0"
-
-
-def test_a_wrong_backend_is_reported_not_timed_and_fails_the_command(monkeypatch, capsys):
-    wrong = wrong_backend(lambda result: scaled(result, 1.05))
-    monkeypatch.setattr(ops, "BACKENDS", (wrong, peers.torch_eager))
-    assert ops.main(["--shapes", "linear:40x8x50", "--ops", "linear_ppo_loss", "--device", "cpu"]) == 1
-    printed = capsys.readouterr().out
-    assert "failed: airl: wrong: gradient 0 is off by 0.05 of its size" in printed
-    assert "torch eager" in printed.split("failed:")[0]
-
-
 def test_a_peer_that_raises_is_reported_and_fails_nothing(monkeypatch):
     def prepare(case, shape):
         raise RuntimeError("no kernel image\nand more")
@@ -278,60 +200,6 @@ def test_eager_liger_and_the_compiler_come_before_the_other_peers():
     assert [backend.NAME for backend in peers.BACKENDS][:5] == [
         "airl", "torch eager", "liger", "liger scaled ce", "torch.compile",
     ]  # fmt: skip
-
-
-def test_what_compiles_for_a_shape_is_verified_at_full_size_alone(monkeypatch):
-    seen = []
-
-    def prepare(case, shape):
-        run = peers.airl.prepare(case, shape)
-        return lambda inputs: seen.append(inputs.hidden.shape[0]) or run(inputs)
-
-    slow = SimpleNamespace(
-        NAME="slow", version=lambda: None, unavailable=lambda device: None, prepare=prepare, COMPILES_FOR_A_SHAPE=True
-    )
-    monkeypatch.setattr(ops, "BACKENDS", (peers.airl, slow))
-    for tokens in (300, 40):  # beyond and below the problem that is compared whole
-        document = ops.measure_ops(shapes=f"head:{tokens}x8x9", ops="token_rewards", device="cpu", seconds=0.01)
-        assert {row.backend for row in document.rows} == {"airl", "slow"} and set(seen) == {tokens}
-        seen.clear()
-
-
-def test_a_problem_that_cannot_be_set_up_is_reported_and_the_next_one_runs(monkeypatch):
-    from bench import measure
-
-    make = measure.make_inputs
-
-    def fails(case, shape, *rest):
-        if shape.name == "logits:8x30":
-            raise torch.OutOfMemoryError("no room")
-        return make(case, shape, *rest)
-
-    monkeypatch.setattr(measure, "make_inputs", fails)
-    options = {"ops": "selective_log_softmax", "backends": "airl", "device": "cpu", "seconds": 0.01}
-    document = ops.measure_ops(shapes="logits:8x30,logits:9x30", **options)
-    assert {row.shape for row in document.rows} == {"logits:9x30"}
-    assert {entry.reason for entry in document.of_kind("failed")} == {"OutOfMemoryError: no room"}
-    assert ops.exit_code(document) == 1
-
-
-# ---- a head sliced out of a padded weight --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.family == "linear"], ids=lambda c: f"{c.op} {c.mode}")
-def test_a_padded_head_gives_the_same_and_no_gradient_past_its_rows(case):
-    shape = parse_shape("linear:40x8x47of50")
-    assert (shape.name, shape.size("vocabulary"), shape.padded) == ("linear:40x8x47of50", 47, 50)
-    assert shape.with_tokens(7).name == "linear:7x8x47of50"
-    inputs = make_inputs(case, shape, torch.float32, CPU)
-    assert inputs.weight.shape == (50, 8) and inputs.head.shape == (47, 8)
-    padded, cut = (peers.airl.prepare(case, shape)(i) for i in (inputs, inputs.mapped(lambda w: w[:47], ("weight",))))
-    for a, b in zip(padded.outputs, cut.outputs, strict=True):
-        torch.testing.assert_close(a, b)
-    for a, b in zip(padded.gradients, cut.gradients, strict=True):
-        torch.testing.assert_close(a[: len(b)], b)
-        assert a.shape[0] in (40, 50) and not a[len(b) :].any()
-    assert Yardstick(case, shape, torch.float32, CPU).check(peers.airl.prepare(case, shape), inputs, ours=True).passed
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

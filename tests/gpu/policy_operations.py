@@ -113,8 +113,15 @@ def policy_operations() -> list[Operation]:
                 plain=lambda t, v=variant, o=options: (_by_formula(t["logprobs"], t, v, o),),
             )
         )
-        for mode in ("trainable", "frozen", "trainable compact", "frozen compact"):
-            if "compact" in mode and variant not in ("ppo", "gspo"):
+        for mode in (
+            "trainable",
+            "frozen",
+            "trainable compact",
+            "frozen compact",
+            "trainable fp32",
+            "frozen first pass",
+        ):
+            if len(mode.split()) > 1 and variant not in ("ppo", "gspo"):
                 continue
             operations.append(
                 Operation(
@@ -123,8 +130,10 @@ def policy_operations() -> list[Operation]:
                     syncs="compact" in mode and not (variant == "gspo" and mode.startswith("frozen")),
                     terms=1.0,
                     leaves=("hidden", "weight", "bias") if "trainable" in mode else ("hidden",),
-                    ours=lambda t, o=options, c="compact" in mode: _fused(t, compact=c, **o),
-                    plain=lambda t, v=variant, o=options: _composed(t, v, o),
+                    ours=lambda t, o=options, m=mode: _fused(
+                        _first_pass(t) if "first" in m else t, compact="compact" in m, fp32_logits="fp32" in m, **o
+                    ),
+                    plain=lambda t, v=variant, o=options, m=mode: _composed(t, v, o, "first" in m),
                 )
             )
     return operations
@@ -146,9 +155,15 @@ def _fused(t: Tensors, **options: object) -> tuple[Tensor, ...]:
     return loss, stats.token_logprobs, stats.token_entropy
 
 
-def _composed(t: Tensors, variant: str, options: dict) -> tuple[Tensor, ...]:
+def _first_pass(t: Tensors) -> Tensors:
+    """Nothing known of the old policy."""
+    return {**t, "old_logprobs": None}
+
+
+def _composed(t: Tensors, variant: str, options: dict, first: bool) -> tuple[Tensor, ...]:
     picked = VocabularyHead(t["hidden"][t["rows"]], t["weight"], t["bias"], t["targets"])
     logprobs, entropy = plain_logprob(picked)
+    t = {**t, "old_logprobs": logprobs.detach()} if first else t
     loss = _by_formula(logprobs, t, variant, options)
     return loss, *(torch.where(t["loss_mask"], x, 0.0) for x in (logprobs, entropy))
 

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from airl_kernels.integrations import liger as ours
+from airl_kernels.testing import product_count
 
 chunked = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger-Kernel is not installed; `make peers`.")
 theirs = pytest.importorskip("liger_kernel.transformers.grpo_loss", reason="Liger-Kernel is not installed.")
@@ -65,6 +66,46 @@ def test_loss_metrics_and_gradients_equal_liger(setting, old):
     case = Case()
     reference = case.run(chunked.LigerFusedLinearGRPOLoss(compiled=False, **setting), old)
     assert_equal(case.run(ours.LigerFusedLinearGRPOLoss(compiled=False, **setting), old), reference)
+
+
+@pytest.mark.parametrize("shape", [(BATCH,), (BATCH, LENGTH)], ids=["sequence", "token"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+def test_without_an_old_policy_the_levels_meet(loss_type, shape):
+    """A ratio of 1 has the same gradient at both levels, unless the correction differs within a sequence."""
+    case, ratio = Case(), torch.rand(shape) + 0.3
+    setting = {"loss_type": loss_type, "importance_sampling_level": "sequence", "compiled": False}
+    reference = case.run(chunked.LigerFusedLinearGRPOLoss(**setting), False, vllm_is_ratio=ratio)
+    assert_equal(case.run(ours.LigerFusedLinearGRPOLoss(**setting), False, vllm_is_ratio=ratio), reference)
+
+
+@pytest.mark.parametrize(
+    ("level", "old", "shape", "count"),
+    [("token", True, None, 3), ("token", False, None, 3), ("sequence", False, None, 3), ("sequence", True, None, 4),
+     ("sequence", False, (BATCH, 1), 3), ("sequence", False, (BATCH, LENGTH), 4)],
+)  # fmt: skip
+def test_products(level, old, shape, count):
+    case = Case()
+    module = ours.LigerFusedLinearGRPOLoss(importance_sampling_level=level)
+    ratio = None if shape is None else torch.ones(shape)
+    run = lambda: case.run(module, old, vllm_is_ratio=ratio)  # noqa: E731
+    assert product_count(run, int(case.mask.sum()), WIDTH, VOCAB) == count
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
+def test_autocast_casts_the_head_and_keeps_its_gradient(loss_type):
+    """bfloat16 hidden states and a float32 head: the values of a head cast before, the gradient in float32."""
+    case = Case()
+    module = ours.LigerFusedLinearGRPOLoss(loss_type=loss_type)
+    case.hidden = case.hidden.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *_, d_hidden, d_weight, d_bias = case.run(module)
+    narrow = Case()
+    narrow.hidden, narrow.weight, narrow.bias = (t.bfloat16() for t in (case.hidden, case.weight, case.bias))
+    expected, *_, wanted_hidden, wanted_weight, wanted_bias = narrow.run(module)
+    assert torch.equal(loss, expected) and torch.equal(d_hidden, wanted_hidden)
+    assert d_weight.dtype == d_bias.dtype == torch.float32
+    assert torch.equal(d_weight.bfloat16(), wanted_weight) and torch.equal(d_bias.bfloat16(), wanted_bias)
+    assert not torch.equal(d_weight, wanted_weight.float())
 
 
 @pytest.mark.parametrize("shape", [(BATCH,), (BATCH, 1), (BATCH, LENGTH)])

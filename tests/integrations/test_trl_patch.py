@@ -1,5 +1,6 @@
 """What `patch` replaces and restores, what it refuses, and the values of the functions it puts in."""
 
+import contextlib
 import importlib
 import re
 import sys
@@ -232,6 +233,26 @@ def test_autocast_and_mixed_dtypes_follow_trl():
     torch.testing.assert_close(mixed[0], published[0], rtol=1e-3, atol=1e-3)
     assert torch.equal(cast[0], mixed[0])
     assert 1e-4 < relative(cast[0], exact[0]) < 1e-2 and relative(cast[1], exact[1]) < 1e-2
+
+
+def test_the_heads_gradient_under_autocast_is_that_of_trl():
+    """From bfloat16 hidden states and a float32 head: float32, not rounded on the way, as TRL's own function has it."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(40, 32).bfloat16(), torch.randn(300, 32), torch.randn(300)
+    targets, found = torch.randint(300, (40,)), []
+    for patched in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        with ours.patched() if patched else contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16):
+            head = utils._ChunkedLogProbFunction
+            result = head.apply(leaves[0], leaves[1], leaves[2], targets, 1.0, 64, None, 1.0, ("entropy",))
+            found.append(torch.autograd.grad(result[0].sum(), leaves))
+    seen = [t.bfloat16().double().requires_grad_() for t in (hidden, weight, bias)]  # what the products see
+    logp = (seen[0] @ seen[1].T + seen[2]).log_softmax(-1)
+    exact = torch.autograd.grad(logp.gather(1, targets[:, None]).sum(), seen)
+    for published, mine, truth, leaf in zip(*found, exact, (hidden, weight, bias), strict=True):
+        assert mine.dtype == published.dtype == leaf.dtype
+        assert relative(mine, truth) < 1.5 * relative(published, truth) < 0.02
+    assert not torch.equal(found[1][1], found[1][1].bfloat16().float())
 
 
 def test_outputs_we_do_not_compute_stay_with_trl(caplog):

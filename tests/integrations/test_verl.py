@@ -69,6 +69,18 @@ def test_linear_cross_entropy_by_definition(reduction):
         assert torch.allclose(mine, theirs, atol=1e-4)
 
 
+def test_autocast_takes_a_float32_head():
+    """verl's actor runs inside it: bfloat16 hidden states over weights that may be float32."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8).bfloat16().requires_grad_(), torch.randn(13, 8, requires_grad=True)
+    labels = torch.randint(0, 13, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = adapter.FusedLinearForPPO()(hidden, weight, labels)
+    expected = adapter.FusedLinearForPPO()(hidden, weight.bfloat16(), labels)
+    assert all(map(torch.equal, found, expected))
+    assert [g.dtype for g in torch.autograd.grad(found[0].sum(), (hidden, weight))] == [torch.bfloat16, torch.float32]
+
+
 def test_what_is_not_supported_says_so(monkeypatch):
     hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match="reduction must be none, sum or mean, got 'max'"):

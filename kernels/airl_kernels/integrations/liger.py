@@ -152,11 +152,11 @@ def liger_fused_linear_grpo(
     rows = torch.ones_like(mask).flatten().nonzero()[:, 0] if filled else mask.flatten().nonzero()[:, 0]
     targets = selected_token_ids.reshape(-1)[rows]
     hidden = _input.reshape(-1, _input.shape[-1])
-    head = _as(weight, hidden.dtype), _as(bias, hidden.dtype)
+    head = _like(hidden, weight, bias)
     ref = None
     if use_ref_model:
         ref = _reference(ref_per_token_logps, ref_input, ref_weight, ref_bias, rows, targets, mask, temperature)
-    if _fused_form(objective, old_per_token_logps, ref):
+    if _fused_form(objective, old_per_token_logps, ref, is_ratio):
         return _fused_loss(
             objective, hidden, head, targets, rows, mask, advantages, old_per_token_logps, ref, is_ratio, temperature,
             num_items_in_batch,
@@ -246,12 +246,16 @@ def _completion_logprobs(logits: Tensor, ids: Tensor, temperature: float, inplac
     return selective_log_softmax(logits, targets, temperature=temperature, inplace_backward=inplace)[:, :-1]
 
 
-def _fused_form(objective: Objective, old: Tensor | None, ref: Tensor | None) -> bool:
-    """Whether `linear_ppo_loss` has this objective. It needs the old policy's log-probabilities."""
+def _fused_form(objective: Objective, old: Tensor | None, ref: Tensor | None, is_ratio: Tensor | None) -> bool:
+    """Whether `linear_ppo_loss` has this objective.
+
+    Without an old policy a sequence's ratio is 1 like its tokens', and so is its gradient shared out among them: the
+    two levels are the same, unless the sampler's correction weighs the tokens of a sequence differently.
+    """
+    alike = old is None and (is_ratio is None or is_ratio.shape[1] == 1)
     return (
         objective.loss_type in FUSED
-        and objective.importance_sampling_level == "token"
-        and old is not None
+        and (objective.importance_sampling_level == "token" or alike)
         and (objective.beta == 0.0 or (ref is not None and not objective.use_bias_correction_kl))
         and (objective.delta is None or objective.delta > 1.0 + objective.epsilon_high)
         and objective.epsilon_low <= 1.0
@@ -266,7 +270,7 @@ def _fused_loss(
     rows: Tensor,
     mask: Tensor,
     advantages: Tensor,
-    old: Tensor,
+    old: Tensor | None,
     ref: Tensor | None,
     is_ratio: Tensor | None,
     temperature: float,
@@ -319,13 +323,16 @@ def _reference(
         raise ValueError("use_ref_model needs ref_per_token_logps, or ref_input with ref_weight.")
     with torch.no_grad():
         hidden = ref_input.reshape(-1, ref_input.shape[-1])
-        weight, bias = _as(ref_weight, hidden.dtype), _as(ref_bias, hidden.dtype)
+        weight, bias = _like(hidden, ref_weight, ref_bias)
         logprobs = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature, rows=rows)
     return _spread(logprobs, rows, mask.shape)
 
 
-def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _like(hidden: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """In the dtype of the hidden states; inside autocast, which the operations follow, as they are."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return tensors
+    return tuple(None if tensor is None else tensor.to(hidden.dtype) for tensor in tensors)
 
 
 def _spread(values: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:

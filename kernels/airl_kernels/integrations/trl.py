@@ -234,11 +234,12 @@ def _head_of(original: type) -> type:
 
 
 def _one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Autocast's dtype inside autocast, else that of the hidden states, as TRL's own function chooses."""
+    """The dtype of the hidden states, as TRL's own function chooses. Inside autocast `linear_logprob` casts, and keeps
+    the gradient of a float32 weight in float32."""
     _require_whole(weight)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
 
 def _require_whole(weight: Tensor) -> None:
