@@ -33,12 +33,14 @@ _EVERY = 5.0  # seconds between lines of progress
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """left: kernels that the budget left out. uncached: callers that still had to compile something, and how much."""
+    """left: kernels that the budget left out. uncached: callers that still had to compile something, and how much.
+    known_broken: what did not run to its end when a list that is used again was recorded."""
 
     arch: int
     jobs: int
     specialisations: list[Specialisation] = field(default_factory=list)
     recordings: list[Recording] = field(default_factory=list)
+    known_broken: list[str] = field(default_factory=list)
     compiled: list[Compiled] = field(default_factory=list)
     left: int = 0
     uncached: dict[str, int] = field(default_factory=dict)
@@ -51,7 +53,7 @@ class Outcome:
 
     @property
     def broken(self) -> list[str]:
-        return [line for recording in self.recordings for line in recording.broken]
+        return [*self.known_broken, *(line for recording in self.recordings for line in recording.broken)]
 
     @property
     def code(self) -> int:
@@ -126,6 +128,7 @@ class Precompiler:
                     self._record(pool, callers)
                 else:
                     outcome.specialisations = [Specialisation(**entry) for entry in known["specialisations"]]
+                    outcome.known_broken = known.get("broken", [])
                 outcome.recorded_s = time.monotonic() - self.start
                 if compile_them:
                     self._compile(pool)
@@ -151,6 +154,8 @@ class Precompiler:
                 f"{caller}: {recording.runs} cases, {recording.launches} launches of {len(recording.found)} kernels, "
                 f"{len(new)} of them new"
             )
+            for line in recording.broken:
+                self.say(f"    broken: {line}")
             self.outcome.recordings.append(recording)
         self.outcome.specialisations = list(found)
 
@@ -220,7 +225,7 @@ def document(outcome: Outcome) -> dict:
 def read_list(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {"sources": found["sources"], "specialisations": found["specialisations"]}
+        return {name: found[name] for name in ("sources", "specialisations", "broken")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadArgument(f"--recorded {path}: give a file that --json wrote ({error!r}).") from None
 

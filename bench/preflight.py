@@ -37,7 +37,8 @@ PINS = ROOT / "constraints-gpu.txt"
 RECORDED = CARRIED / "kernels-sm90.json"
 CARRIED_ONLY = ("pydantic", "datasets", "dill", "multiprocess", "trl", "liger_kernel", "cut_cross_entropy", "verl")
 # Packages that no visit uses; a module of ours that needs one is left out.
-UNUSED = ("bitsandbytes", "vllm", "fastapi", "starlette", "uvicorn", "tensorboard", "matplotlib", "playwright")
+UNUSED = ("bitsandbytes", "vllm", "fastapi", "starlette", "uvicorn", "tensorboard", "playwright")
+UNUSED += ("matplotlib", "plotly")  # of `airl-fast report` and evaluations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ ops of airl_kernels run what is registered for CUDA. Nothing touches a driver, w
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -96,6 +97,7 @@ def _replacements(arch: int) -> Iterator[tuple[object, str, object]]:
     yield torch.Tensor, "is_cuda", property(lambda tensor: _device(tensor).type == "cuda")
     yield torch.Tensor, "data_ptr", _address
     yield torch.Tensor, "pin_memory", lambda tensor, *_: tensor
+    yield ThreadPoolExecutor, "submit", _at_once
     yield torch, "Generator", _Generator
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "synchronize": None,
@@ -118,6 +120,16 @@ def _replacements(arch: int) -> Iterator[tuple[object, str, object]]:
 
 def _always(answer: object) -> Callable[..., object]:
     return lambda *args, **kwargs: answer
+
+
+def _at_once(pool: ThreadPoolExecutor, call: Callable[..., object], /, *args: object, **kwargs: object) -> Future:
+    """In the calling thread: torch's modes are of a thread."""
+    future: Future = Future()
+    try:
+        future.set_result(call(*args, **kwargs))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 class _Nothing(contextlib.nullcontext):

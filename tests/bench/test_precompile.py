@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from airl_fast.rollout.engine import SamplingParams
 from bench import precompile
-from bench.callers import _Evaluate
+from bench.callers import _Evaluate, _short
 from bench.pretend import pretend_gpu
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +153,34 @@ def test_beyond_the_budget_nothing_is_started(tmp_path):
     found = python(code, tmp_path)
     assert 30 <= found["left"] < 40
     assert f"{found['left']} left out" in found["summary"]
+
+
+def test_a_list_that_is_used_again_still_says_what_broke_when_it_was_recorded(tmp_path):
+    code = """
+import json
+from pathlib import Path
+from bench.precompile import Precompiler, document, read_list, summary
+path, codes = Path("FOLDER/list.json"), []
+known = {"specialisations": [], "broken": ["smoke: x: TypeError: y"]}
+for _ in range(2):
+    outcome = Precompiler(arch=90, jobs=1, say=print).run((), known, compile_them=True, verify=False)
+    path.write_text(json.dumps(document(outcome)))
+    known = read_list(path)
+    codes.append((outcome.code, "BROKEN smoke: x: TypeError: y" in summary(outcome)))
+print(json.dumps(codes))
+"""
+    assert python(code.replace("FOLDER", str(tmp_path)), tmp_path) == [[1, True], [1, True]]
+
+
+def test_a_sample_is_cut_short_where_nothing_ends():
+    params = SamplingParams(
+        temperature=1.0, top_p=1.0, max_new_tokens=150, end_token=3, other_ends=(), seed=1, batch_size=8
+    )
+    asked = []
+    few = _short(lambda *given: asked.append(given))
+    few("lm", [[1]], 4, params, "static")
+    few("lm", [[1]], 4, replace(params, max_new_tokens=2))
+    assert asked == [("lm", [[1]], 4, replace(params, max_new_tokens=n), x) for n, x in ((6, "static"), (2, None))]
 
 
 @pytest.mark.parametrize(
