@@ -42,6 +42,6 @@ def _say_unchecked(run: Path) -> None:
     without = [folder.relative_to(run) for folder in own if not manifest.has_model_list(folder)]
     if without:
         log.warning(
-            "%s: %s has no %s, as in runs of older versions; its files are read without a check that they are as they "
-            "were written.", run, " and ".join(map(str, without)), manifest.MODEL,
+            "%s: no %s in %s, as in runs of older versions; what is there is read without a check that it is as it was "
+            "written.", run, manifest.MODEL, " and ".join(map(str, without)),
         )  # fmt: skip

@@ -137,6 +137,7 @@ at::Tensor group_advantages(
     std::string_view baseline, double eps, double min_std) {
   const at::Tensor offsets = checked_offsets(cu_seqlens, rewards.numel());
   const at::Tensor r = rewards.contiguous(), labels = group.contiguous();
+  TORCH_CHECK(labels.numel() == offsets.numel() - 1, "group must have one entry a sequence");
   at::Tensor y = at::empty_like(r);
   AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "group_advantages", [&] {
     standardised_returns(

@@ -168,3 +168,10 @@ def test_the_import_is_light_and_does_not_reach_for_triton():
     seconds, triton = run.stdout.split()
     assert float(seconds) < 0.3
     assert triton == "False"
+
+
+@built
+def test_groups_that_do_not_fit_the_sequences_are_refused_not_read():
+    rewards, offsets = torch.ones(5), torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="one entry a sequence"):
+        torch.ops.airl_kernels.group_advantages(rewards, offsets, torch.zeros(6).long(), 0.9, "last_token", 1e-6, 0.0)
