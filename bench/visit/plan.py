@@ -89,7 +89,7 @@ def _benchmark(visit: Visit, limit: float) -> list[str]:
 
 
 def _precompile(visit: Visit, limit: float) -> list[str]:
-    return [sys.executable, "-m", "bench.precompile", "--arch", "90", "--jobs", visit.jobs(16), *_budget(limit)]
+    return [sys.executable, "-m", "bench.precompile", "--arch", "90", "--jobs", visit.jobs(16), *_budget(visit, limit)]
 
 
 def _tests(visit: Visit, limit: float) -> list[str]:

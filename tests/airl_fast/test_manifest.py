@@ -175,7 +175,7 @@ def test_a_run_of_an_older_version_loads_and_that_is_said_once(run, tmp_path, ca
         saved._say_unchecked.cache_clear()
         assert main(argv) == 0 and main(argv) == 0
     (record,) = caplog.records
-    assert f"{run}: start and final/discriminator has no {MODEL}" in record.getMessage()
+    assert f"{run}: no {MODEL} in start and final/discriminator" in record.getMessage()
     assert capsys.readouterr().out == 2 * expected
 
 
