@@ -15,13 +15,15 @@ class Beside:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._running: Future | None = None
+        self._arguments: tuple = ()  # kept until `take`: their memory must not be reused before the stream is done
 
     def start(self, work: Callable[..., Any], *arguments: Any) -> None:
         if self._running is not None:
             raise RuntimeError("the last piece of work was not taken")
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        self._running = self._pool.submit(self._run, work, arguments)
+        self._arguments = arguments
+        self._running = self._pool.submit(self._run, work)
 
     def wait(self) -> None:
         """Until the work is done; its result stays to be taken. Raises what it raised."""
@@ -36,8 +38,9 @@ class Beside:
         result = running.result()
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._arguments = ()
         return result
 
-    def _run(self, work: Callable[..., Any], arguments: tuple) -> Any:
+    def _run(self, work: Callable[..., Any]) -> Any:
         with torch.cuda.stream(self._stream):  # does nothing without one
-            return work(*arguments)
+            return work(*self._arguments)

@@ -252,6 +252,19 @@ class Config(Section):
     def trains_policy(self) -> bool:
         return self.algorithm != "reward"
 
+    @property
+    def why_no_graphs(self) -> str | None:
+        """Why the built-in sampler's steps are not to be CUDA graphs; None where they may be.
+
+        torch refuses a draw from its global generator, such as dropout's, while another thread captures.
+        """
+        lora = self.discriminator.lora
+        if not self.rollout.cuda_graphs:
+            return "rollout.cuda_graphs=false"
+        if self.discriminator.overlap and lora is not None and lora.dropout > 0:
+            return f"discriminator.lora.dropout={lora.dropout} draws beside it (discriminator.overlap)"
+        return None
+
     @model_validator(mode="after")
     def _adapters_fit_together(self):
         discriminator, lora = self.discriminator, self.model.lora

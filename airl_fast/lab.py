@@ -163,7 +163,7 @@ def make_lab(config: Config, material: Material, start: LanguageModel, device: t
         maker=maker,
         policy=policy,
         start=start,
-        engine=Builtin(start if policy is None else policy.lm, graphs=config.rollout.cuda_graphs),
+        engine=Builtin(start if policy is None else policy.lm, plain=config.why_no_graphs),
         reward=reward,
         prepare=Beside(device, "prepare"),
     )

@@ -15,7 +15,7 @@ from airl_fast.errors import UserError
 
 MODEL = "airl_manifest.json"  # of a model directory; users' own hold a manifest.json of other makers now and then
 _FORMAT = 1
-_HARMLESS = "README.md"  # no loader reads it, nor a file whose name begins with a dot
+_HARMLESS = ("README.md", "Thumbs.db", "desktop.ini")  # no loader reads them, nor a name that begins with a dot
 _READ = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # what transformers reads of a model directory
 
 
@@ -101,7 +101,7 @@ def _beside(directory: Path) -> Path:
 
 
 def _is_harmless(name: str) -> bool:
-    return name == _HARMLESS or name.startswith(".")
+    return name in _HARMLESS or name.startswith(".")
 
 
 # ---------------------------------------------------------------------------------------------- lists

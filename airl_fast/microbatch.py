@@ -58,7 +58,7 @@ def over_micro_batches(
     """
     while True:
         try:
-            for part in prefetched(micro_batches(batch, times * budget.tokens)):
+            for part in prefetched(micro_batches(batch, times * budget.tokens), batch.tokens.device):
                 work(part)
             return
         except torch.OutOfMemoryError as error:
@@ -168,10 +168,19 @@ def _cut(batch: TraceBatch, families: Sequence[tuple[int, ...]], tokens: int) ->
     yield unit(members)
 
 
-def prefetched(parts: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-    """The same, each prepared on another thread while the one before is worked on."""
+def prefetched(parts: Iterator[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """The same, each prepared on another thread while the one before is worked on.
+
+    What is prepared is queued on the stream of whoever takes it: a thread has a current stream of its own.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def following() -> MicroBatch | None:
+        with torch.cuda.stream(stream):  # does nothing without one
+            return next(parts, None)
+
     with ThreadPoolExecutor(1, thread_name_prefix="pack") as pool:
-        coming = pool.submit(next, parts, None)
+        coming = pool.submit(following)
         while (part := coming.result()) is not None:
-            coming = pool.submit(next, parts, None)
+            coming = pool.submit(following)
             yield part

@@ -55,17 +55,25 @@ def _main(arguments: Sequence[str] | None) -> int:
     return int(whole > MOST_BYTES)
 
 
+def kernel_list(arch: int | str, folder: Path = FOLDER) -> Path:
+    """Where the preflight leaves the list of kernels for a visit; the wheels come and go beside it."""
+    return folder / f"kernels-sm{arch}.json"
+
+
 def path_of(folder: Path = FOLDER) -> Path | None:
     """The folder, where it was laid out and this Python can import from it."""
     return folder if folder.is_dir() and sys.version_info[:2] == PYTHON else None
 
 
 def _empty(folder: Path) -> None:
-    """A folder of ours from before goes; anything else stays, and is refused."""
-    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("*.dist-info")):
+    """The packages of before go, a list of kernels stays; a folder with anything else is refused."""
+    lists = set(folder.glob(kernel_list("*", folder).name)) if folder.is_dir() else set()
+    others = set(folder.iterdir()) - lists if folder.is_dir() else set()
+    if others and not any(folder.glob("*.dist-info")):
         raise BadArgument(f"{folder} holds something else; give an empty folder or a new one.")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    for path in others:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _download(folder: Path) -> Path:

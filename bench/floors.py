@@ -37,7 +37,8 @@ def probe_for(cost: Cost, inputs: Inputs, device: torch.device) -> Probe:
     """The product of the problem's own hidden states (at most 4096) and weight, or a copy beyond any cache."""
     if cost.bound == "gemm" and isinstance(inputs, LinearInputs):
         hidden, columns = inputs.hidden.detach()[:_MOST_ROWS], inputs.head.detach().t()
-        out = hidden.new_empty(hidden.shape[0], columns.shape[1])
+        # Rows of whole cache lines: cuBLAS writes rows that are not aligned by its slower kernels.
+        out = hidden.new_empty(hidden.shape[0], -(-columns.shape[1] // 64) * 64)[:, : columns.shape[1]]
         sizes = f"{hidden.shape[0]}x{hidden.shape[1]}x{columns.shape[1]}"
         return Probe(
             name=f"gemm {sizes} TFLOP/s",

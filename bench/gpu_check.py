@@ -144,11 +144,13 @@ def stage_environment(visit: Visit) -> dict[str, str]:
     """Sources and carried packages are found where they lie; children say what they print at once."""
     paths = [ROOT / "kernels", ROOT, *filter(None, [carry.path_of()])]
     given = os.environ.get("PYTHONPATH")
+    # Two threads a process of torch's own: most stages have many processes, none has work for the host's arithmetic.
     toy = {"AIRL_GPU_TESTS_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *([given] if given else [])]),
         "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "2",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "AIRL_COMMIT": commit(),

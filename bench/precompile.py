@@ -4,8 +4,9 @@
     python -m bench.precompile --list           which kernels those are, and who launches them first
     python -m bench.precompile --verify         fill, then run the callers again: nothing may be left to compile
 
-The list is recorded from the callers themselves (`callers.py`), or read from an earlier --json of the same sources:
---recorded, else .carry/kernels-sm90.json where it exists.
+The list is recorded from the callers themselves (`callers.py`), or read from an earlier --json: from
+.carry/kernels-sm90.json where it is of the same sources, from --recorded as it is. What sources that changed since
+launch besides is then not in the cache, and a kernel that they no longer have is named as one that does not compile.
 Where Triton compiles a C stub for each signature at its first launch, that is made as well. The cache is Triton's own
 (TRITON_CACHE_DIR). A kernel that does not compile is named, and the others go on. Exit code 1 when a kernel does not
 compile, a caller does not run to its end or, with --verify, something was left to compile.
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.callers import CALLERS, ROOT, Recording, compile_all, record
+from bench.carry import kernel_list
 from bench.errors import BadArgument, Parser, run_command
 from bench.recording import Specialisation
 from bench.stubs import Compiled, compile_one
@@ -74,12 +76,13 @@ def _main(arguments: Sequence[str] | None) -> int:
     for name in callers:
         if name not in CALLERS:
             raise BadArgument(f"--callers {name}: give some of {', '.join(CALLERS)}.")
-    carried = ROOT / ".carry" / f"kernels-sm{options.arch}.json"
+    carried = kernel_list(options.arch)
     listed = options.recorded or (carried if carried.exists() and options.callers is None else None)
     known = None if listed is None else read_list(listed)
     if known is not None and known["sources"] != sources():
-        print(f"{listed} is of other sources; the callers are run instead.", flush=True)
-        known = None
+        instead = "it is taken as it is" if options.recorded else "the callers are run instead"
+        print(f"{listed} is of other sources; {instead}.", flush=True)
+        known = known if options.recorded else None
     work = Precompiler(arch=options.arch, jobs=options.jobs, budget=options.budget_s, say=_say)
     outcome = work.run(callers, known, compile_them=not options.list, verify=options.verify)
     for entry in outcome.specialisations if options.list else ():
@@ -97,7 +100,7 @@ def _parser() -> Parser:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--budget-s", type=float, help="start no further kernel after this many seconds")
     parser.add_argument("--callers", help=f"comma-separated, of {', '.join(CALLERS)} (default: all)")
-    parser.add_argument("--recorded", type=Path, metavar="IN.json", help="an earlier --json; used if sources are equal")
+    parser.add_argument("--recorded", type=Path, metavar="IN.json", help="an earlier --json, whatever changed since")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write the list, with seconds and failures")
     parser.add_argument("--list", action="store_true", help="print the list, compile nothing")
     parser.add_argument("--verify", action="store_true", help="run the callers again on the filled cache")

@@ -28,13 +28,14 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from bench.carry import FOLDER as CARRIED
+from bench.carry import kernel_list
 from bench.errors import BadArgument, Parser, run_command
 from bench.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
-CARRIED = ROOT / ".carry"
 PINS = ROOT / "constraints-gpu.txt"
-RECORDED = CARRIED / "kernels-sm90.json"
+RECORDED = kernel_list(90)
 CARRIED_ONLY = ("pydantic", "datasets", "dill", "multiprocess", "trl", "liger_kernel", "cut_cross_entropy", "verl")
 # Packages that no visit uses; a module of ours that needs one is left out.
 UNUSED = ("bitsandbytes", "vllm", "fastapi", "starlette", "uvicorn", "tensorboard", "playwright")

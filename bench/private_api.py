@@ -98,6 +98,7 @@ LISTED: tuple[Operator | Thing, ...] = (
     Thing(path="torch._subclasses.FakeTensor"),
     Thing(path="torch.cuda._sleep"),
     Thing(path="torch.utils._python_dispatch.is_traceable_wrapper_subclass"),
+    Thing(path="triton.runtime.interpreter._patch_lang", named=("fn",)),
     # bench/pretend.py, bench/recording.py and bench/stubs.py
     Thing(path="torch._C.TensorBase"),
     Thing(path="torch.ops.aten.mm.default._schema"),

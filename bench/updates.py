@@ -176,8 +176,8 @@ def header(setting: Setting) -> dict[str, object]:
 
 
 def measure(policies: Sequence[str], setting: Setting) -> Iterator[UpdateRow | str]:
-    """A row as soon as it is measured, or a sentence on what is left out."""
-    began = time.monotonic()
+    """A row as soon as it is measured, or a sentence on what is left out. Raises what failed of ours, at the end."""
+    began, failure = time.monotonic(), None
     for policy in policies:
         ours: _Ours | None = None
         for variant in setting.variants:
@@ -185,8 +185,12 @@ def measure(policies: Sequence[str], setting: Setting) -> Iterator[UpdateRow | s
             if setting.budget is not None and time.monotonic() - began > setting.budget:
                 yield f"{name} left out: the budget of {setting.budget:g} s is used."
             elif variant != "trl":
-                ours = ours or _Ours(policy, setting)
-                yield ours.row(variant)
+                try:
+                    ours = ours or _Ours(policy, setting)
+                    yield ours.row(variant)
+                except Exception as error:  # ours to mend, after the other rows
+                    failure, ours = failure or error, None
+                    yield f"{name} FAILED: {type(error).__name__}: {first_line(error)}"
             elif installed("trl") is None:
                 yield f"{name} left out: the package trl is not installed."
             else:
@@ -197,6 +201,8 @@ def measure(policies: Sequence[str], setting: Setting) -> Iterator[UpdateRow | s
                 except Exception as error:  # a peer's failure, not ours to mend
                     yield f"{name} left out: {type(error).__name__}: {first_line(error)}"
             gc.collect()
+    if failure is not None:
+        raise failure
 
 
 class _Ours:

@@ -29,6 +29,11 @@ class Cut:
     def cu_keys(self) -> torch.Tensor:
         return self.cu_queries if self.keys == self.queries else self._cumulative(self.keys)
 
+    @property
+    def longest_queries(self) -> int:
+        """For flash kernels, which read a longest of 1 as one query in every segment, where there may be none."""
+        return max(2, *self.queries)
+
     @cached_property
     def buckets(self) -> "Buckets":
         return Buckets(self.queries, self.device)
@@ -111,7 +116,7 @@ class TorchFlash:
 
     def forward(self, q, k, v, cut, scale):
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(q, k, v, cut.cu_queries, cut.cu_keys, max(cut.queries), max(cut.keys)),
+            *(q, k, v, cut.cu_queries, cut.cu_keys, cut.longest_queries, max(cut.keys)),
             *(0.0, cut.causal, False),
             scale=scale,
         )
@@ -121,7 +126,7 @@ class TorchFlash:
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that is not there
         return torch.ops.aten._flash_attention_backward(
             *(grad, q, k, v, out, lse.t().contiguous()),
-            *(cut.cu_queries, cut.cu_keys, max(cut.queries), max(cut.keys)),
+            *(cut.cu_queries, cut.cu_keys, cut.longest_queries, max(cut.keys)),
             *(0.0, cut.causal, state, torch.empty(0, device=q.device)),
             scale=scale,
         )
@@ -140,7 +145,7 @@ class FlashAttn:
 
     def forward(self, q, k, v, cut, scale):
         out, lse, *_ = self._forward(
-            *(q, k, v, cut.cu_queries, cut.cu_keys, max(cut.queries), max(cut.keys)),
+            *(q, k, v, cut.cu_queries, cut.cu_keys, cut.longest_queries, max(cut.keys)),
             *(0.0, scale),
             causal=cut.causal,
         )
@@ -150,7 +155,7 @@ class FlashAttn:
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         self._backward(
             *(grad, q, k, v, out, lse.t().contiguous(), dq, dk, dv),
-            *(cut.cu_queries, cut.cu_keys, max(cut.queries), max(cut.keys)),
+            *(cut.cu_queries, cut.cu_keys, cut.longest_queries, max(cut.keys)),
             *(0.0, scale, cut.causal, -1, -1, 0.0, None, False),
         )
         return dq, dk, dv

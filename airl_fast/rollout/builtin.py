@@ -8,10 +8,12 @@ is what the CPU runs, models that those cannot serve, and whoever has to see a t
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch.nn.attention import sdpa_kernel
 
 from airl_fast.models.load import LanguageModel
 from airl_fast.rollout.crossing import decode_by_regime
 from airl_fast.rollout.engine import Sample, SamplingParams
+from airl_fast.rollout.graphs import ATTENTION
 from airl_fast.rollout.pick import pick
 from airl_fast.rollout.prefill import read_prompts
 from airl_fast.rollout.static import Static, why_not_static
@@ -25,11 +27,11 @@ Stop = Callable[[int, int], bool]
 class Builtin:
     """The sampler as an Engine: it decodes with the trainer's own weights, so a push copies nothing.
 
-    graphs: whether steps may be CUDA graphs, on a GPU and for a model that allows it.
+    plain: why its steps are not to be CUDA graphs; None where they may be, on a GPU and for a model that allows it.
     """
 
-    def __init__(self, lm: LanguageModel, *, graphs: bool = True) -> None:
-        self._lm, self._graphs, self._static = lm, graphs, Static()
+    def __init__(self, lm: LanguageModel, *, plain: str | None = None) -> None:
+        self._lm, self._plain, self._static = lm, plain, Static()
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ class Builtin:
     def _why_plain(self) -> str | None:
         if self._lm.device.type != "cuda":
             return f"on the {self._lm.device.type}"
-        return why_not_static(self._lm) if self._graphs else "rollout.cuda_graphs=false"
+        return self._plain or why_not_static(self._lm)
 
 
 @torch.no_grad()
@@ -136,13 +138,14 @@ def decode(
             cache.batch_select_indices(keep)
             tokens, positions, mask = tokens[keep], positions[keep], mask[keep]
             alive = [alive[i] for i in staying]
-        logits = lm.model(
-            input_ids=tokens,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        with sdpa_kernel(ATTENTION):
+            logits = lm.model(
+                input_ids=tokens,
+                attention_mask=mask if padded else None,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
     return [
         Sample(tokens=tuple(t), logprobs=tuple(p), finished=f)
         for t, p, f in zip(drawn, logprobs, finished, strict=True)

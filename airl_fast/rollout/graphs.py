@@ -4,6 +4,7 @@ A captured step reads and writes the tensors that it read and wrote when it was 
 it, and nothing in it may ask the device. The graphs share one pool of memory: they run one after the other.
 """
 
+import functools
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from airl_fast.errors import UserError
 
 _WARM = 2  # runs of a shape before it is captured; they are steps like any other
-# Of those that take a mask: cuDNN's plans every shape anew, and flash takes none.
-_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# All but cuDNN's, torch's first choice on an H100: it plans every shape anew, and a decoding step is a new shape.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Graphs:
@@ -26,7 +27,7 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._stream = device, _stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._runs: Counter[tuple[int, ...]] = Counter()
         self._captured: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
@@ -48,18 +49,19 @@ class Graphs:
 
     def _capture(self, step: Callable[..., None], shape: tuple[int, ...]) -> torch.cuda.CUDAGraph:
         """UserError for a step that cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # thread_local: other threads (the discriminator's update beside a rollout) may do as they like meanwhile.
             with (
                 _no_collection(),
-                sdpa_kernel(_ATTENTION),
+                sdpa_kernel(ATTENTION),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 step(*shape)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that fails to end leaves its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise UserError(
                 f"rollout.engine=builtin: a decoding step cannot be captured as a CUDA graph ({reason}); "
@@ -72,9 +74,15 @@ class Graphs:
         """On the stream that captures: its libraries' workspaces are then made before they are captured."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), sdpa_kernel(_ATTENTION):
+        with torch.cuda.stream(self._stream), sdpa_kernel(ATTENTION):
             yield
         current.wait_stream(self._stream)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace, 32 MiB on an H100, for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

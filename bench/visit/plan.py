@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.carry import kernel_list
+
 WHOLE = 480.0  # seconds, the summary included
 WHOLE_REHEARSAL = 1400.0  # two minutes on two idle cores; a busy machine may take its time
 _GRACE = 12.0  # seconds for the row that is under way when a stage's budget is used
@@ -89,7 +91,10 @@ def _benchmark(visit: Visit, limit: float) -> list[str]:
 
 
 def _precompile(visit: Visit, limit: float) -> list[str]:
-    return [sys.executable, "-m", "bench.precompile", "--arch", "90", "--jobs", visit.jobs(16), *_budget(visit, limit)]
+    """By the preflight's list, be it of sources that changed since: to record anew would take longer than the stage."""
+    recorded = ["--recorded", str(kernel_list(90))] if kernel_list(90).exists() else []
+    command = [sys.executable, "-m", "bench.precompile", "--arch", "90", "--jobs", visit.jobs(16), *recorded]
+    return command + _budget(visit, limit)
 
 
 def _tests(visit: Visit, limit: float) -> list[str]:

@@ -88,12 +88,13 @@ def run_cases(
 
 
 def device_is_alive() -> bool:
-    """Whether the CUDA context of this process still answers; True where there is none."""
+    """Whether the CUDA context of this process is still of use; True where there is none."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return True
     try:
         torch.cuda.synchronize()
+        torch.rand(1, device="cuda")  # refused for good after a capture that could not end
+        return torch.cuda.current_stream() == torch.cuda.default_stream()
     except Exception:
         return False
-    return True

@@ -15,7 +15,8 @@ from pathlib import Path
 from bench.visit.shards import run_shards
 from bench.visit.stream import VARIABLE
 
-TESTS = tuple(f"tests/gpu/test_{name}_on_gpu.py" for name in ("ops", "edges", "devices", "attention", "sampler"))
+_FILES = "ops", "edges", "devices", "attention", "sampler", "streams"
+TESTS = tuple(f"tests/gpu/test_{name}_on_gpu.py" for name in _FILES)
 _COMPILED = "compiles_whole"
 _ENDS = (0, 1, 5)  # pytest's: all passed, some failed, none collected
 

@@ -146,7 +146,7 @@ def test_odd_paths_have_no_list(tmp_path, monkeypatch):
 
 
 def test_what_nothing_reads_may_be_added(run, tmp_path):
-    for name in ("README.md", ".gitattributes", ".DS_Store"):
+    for name in ("README.md", ".gitattributes", ".DS_Store", "Thumbs.db"):
         (run / START / name).write_text("mine")
     assert main([str(word) for word in READ["score"][1](run, tmp_path)]) == 0
 

@@ -1,6 +1,7 @@
 """What runs beside what, and that nothing inside a phase makes the host wait for the device."""
 
 import copy
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 
@@ -141,6 +142,18 @@ def test_work_beside_comes_back_or_raises():
     beside.start(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         beside.take()
+
+
+def test_what_work_was_given_is_kept_until_it_is_taken():
+    """On a GPU the kernels may run on when the work's Python has ended."""
+    beside, given = Beside(CPU, "test"), torch.ones(3)
+    seen = weakref.ref(given)
+    beside.start(torch.sum, given)
+    beside.wait()
+    del given
+    assert seen() is not None
+    assert beside.take() == 3
+    assert seen() is None
 
 
 def test_metrics_read_a_step_once(folders, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from airl_fast.config import Config
 from airl_fast.errors import UserError
 from airl_fast.models.attention import attend_one_token, keep_own_attention
 from airl_fast.models.load import LanguageModel, wrap
@@ -289,7 +290,18 @@ def test_the_log_says_what_runs(lm, monkeypatch):
     assert Builtin(lm).name == "builtin, step by step: on the cpu"
     monkeypatch.setattr(LanguageModel, "device", property(lambda self: torch.device("cuda")))
     assert Builtin(lm).name == "builtin, its steps as CUDA graphs"
-    assert Builtin(lm, graphs=False).name == "builtin, step by step: rollout.cuda_graphs=false"
+    assert Builtin(lm, plain="rollout.cuda_graphs=false").name == "builtin, step by step: rollout.cuda_graphs=false"
+    drawing = {"overlap": True, "lora": {"dropout": 0.1}}  # dropout's draws would end a capture on another thread
+    for discriminator, rollout, why in (
+        ({}, {}, None),
+        ({}, {"cuda_graphs": False}, "rollout.cuda_graphs=false"),
+        (drawing, {}, "discriminator.lora.dropout=0.1 draws beside it (discriminator.overlap)"),
+        (drawing | {"overlap": False}, {}, None),
+        (drawing | {"lora": {}}, {}, None),
+    ):
+        given = {"model": {"path": "x"}, "discriminator": discriminator, "rollout": rollout}
+        config = Config.model_validate(given)
+        assert config.why_no_graphs == why
     monkeypatch.setattr(lm.model, "keeps_own_attention", "it was seen to differ", raising=False)
     monkeypatch.setattr(lm.model.config, "_attn_implementation_internal", "sdpa")
     assert Builtin(lm).name == "builtin, step by step: it was seen to differ"

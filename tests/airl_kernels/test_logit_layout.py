@@ -42,7 +42,7 @@ def losses(head: VocabularyHead, **options: object) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("num_tokens", [1, 97, 128, 130])
+@pytest.mark.parametrize("num_tokens", [1, 97] if INTERPRETED else [1, 97, 128, 130])
 @pytest.mark.parametrize("device", DEVICES)
 def test_tokens_alone_count(device, num_tokens, frozen):
     """Exactly what a slice gives, and a gradient of 0 for the rest, whatever it holds."""

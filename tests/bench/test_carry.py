@@ -37,8 +37,10 @@ def test_only_what_is_used_is_laid_out(tmp_path, capsys):
     assert found == {"some/a.py", "some-1.0.dist-info/METADATA", *kernels}
     assert "some-1.0-py3-none-any.whl" in capsys.readouterr().out
     (out / "stale.py").write_text("")
+    carry.kernel_list(90, out).write_text("{}")
     assert carry.main([str(out), "--offline", str(tmp_path / "w")]) == 0  # a folder of its own is emptied
     assert not (out / "stale.py").exists()
+    assert carry.kernel_list(90, out).exists()  # minutes of recording
 
 
 def test_a_folder_with_something_else_stays(tmp_path, capsys):

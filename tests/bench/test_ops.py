@@ -10,7 +10,7 @@ import torch
 from bench import ops, peers
 from bench.cases import CASES, OPS, by_autograd
 from bench.costs import cost_of
-from bench.floors import Probe
+from bench.floors import Probe, probe_for
 from bench.inputs import make_inputs
 from bench.measure import Budget, problems
 from bench.results import Row, compare, read_rows
@@ -223,6 +223,23 @@ def test_costs_follow_the_design():
     assert cost("discounted_returns", "forward", "sequences:272x300").bytes == 9 * 272 * 300
     assert cost("discounted_returns", "forward", "sequences:1x1000").bytes == 8 * 1000
     assert cost("selective_log_softmax", "f+b in place", "logits:64x1000").bytes == 6 * 64 * 1000
+
+
+def test_a_product_is_written_to_whole_cache_lines():
+    """Rows of an odd length would be the library's slowest product, and no floor."""
+    (case,) = (c for c in CASES if (c.op, c.mode) == ("linear_ppo_loss", "frozen f+b"))
+    shape = parse_shape("linear:6x32x299of320")
+    inputs = make_inputs(case, shape, torch.float32, torch.device("cpu"))
+    out = probe_for(cost_of(case, shape, 4), inputs, torch.device("cpu")).call(0)
+    assert (out.shape, out.stride()) == ((6, 299), (320, 1))
+    torch.testing.assert_close(out, inputs.hidden.detach() @ inputs.head.detach().T)
+
+
+def test_no_token_of_the_discriminators_loss_is_skipped():
+    """Its floor charges every row."""
+    (case,) = (c for c in CASES if (c.op, c.mode) == ("discriminator_loss", "f+b"))
+    inputs = make_inputs(case, parse_shape("head:200x8x5"), torch.float32, torch.device("cpu"))
+    assert inputs.weights.gt(0).all() and len(inputs.weights.unique()) > 1
 
 
 def test_a_floor_scales_the_probe():

@@ -13,7 +13,10 @@ import torch
 from airl_fast.rollout.engine import SamplingParams
 from bench import precompile
 from bench.callers import _Evaluate, _short
+from bench.carry import kernel_list
+from bench.precompile import Precompiler
 from bench.pretend import pretend_gpu
+from bench.visit import plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,12 +95,14 @@ def test_what_is_compiled_from_the_record_is_what_a_launch_looks_up(tmp_path):
     said = """
 print(json.dumps({"launches": recorder.launches, "names": [entry.name for entry in found],
                   "errors": [entry.error for entry in (*cold, *warm)],
+                  "paths": [entry.name for entry in found if sys.prefix in entry.data or "site-packages" in entry.data],
                   "cold": [entry.hit for entry in cold], "warm": [entry.hit for entry in warm]}))
 """
     filled = python(LAUNCHES + FILL + said, tmp_path)
     assert filled["launches"] == 4
     assert len(set(filled["names"])) == 3  # 97 columns in float32 came twice; 96 is a multiple of 16
     assert filled["errors"] == [""] * 6
+    assert filled["paths"] == []  # the GPU machine's Triton lies elsewhere
     assert (filled["cold"], filled["warm"]) == ([False] * 3, [True] * 3)
     assert python(LAUNCHES + AGAIN, tmp_path) == {"hits": [True] * 3}
     for group in list((tmp_path / "cache").glob("*/__grp___stats_kernel.json"))[:1]:
@@ -170,6 +175,24 @@ for _ in range(2):
 print(json.dumps(codes))
 """
     assert python(code.replace("FOLDER", str(tmp_path)), tmp_path) == [[1, True], [1, True]]
+
+
+def test_a_list_of_other_sources_is_taken_where_it_is_named(tmp_path, capsys, monkeypatch):
+    """A visit has no time to record anew; whoever names no list has."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = kernel_list(90, tmp_path)
+    path.write_text(json.dumps({"sources": "others", "specialisations": [], "broken": []}))
+    assert precompile.main(["--recorded", str(path), "--jobs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{path} is of other sources; it is taken as it is." in out and "sm_90: 0 kernels" in out
+    monkeypatch.setattr(precompile, "kernel_list", lambda arch: path)
+    monkeypatch.setattr(Precompiler, "_record", lambda self, pool, callers: print(f"recorded from {len(callers)}"))
+    assert precompile.main(["--jobs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "the callers are run instead." in out and "recorded from" in out
+    monkeypatch.setattr(plan, "kernel_list", lambda arch: path)
+    (stage,) = (stage for stage in plan.STAGES if stage.name == "precompile")
+    assert str(path) in stage.command(plan.Visit(out=tmp_path), stage.seconds)
 
 
 def test_a_sample_is_cut_short_where_nothing_ends():

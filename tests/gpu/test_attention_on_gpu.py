@@ -14,6 +14,7 @@ pytestmark = needs_device
 SEGMENTS = {
     "odd lengths": ((3, 90, 1), (30, 1, 170, 5, 2, 11, 29, 299, 3), (3, 1, 5)),
     "one token each": ((1,), (1,), (1,)),
+    "a prompt without completion": ((4, 7), (1,), (1, 0)),
     "a group of real size": ((180,), (220,) * 8 + (61, 1), (10,)),
 }
 

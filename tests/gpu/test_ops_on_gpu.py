@@ -121,10 +121,12 @@ def test_compact_changes_nothing_but_rounding(mode, variant, dtype):
     whole, compact = (OPERATIONS[f"linear_ppo_loss {variant} {mode}{how}"] for how in ("", " compact"))
     tensors = whole.make(dtype, 0)
     results = [operation.run(operation.ours, tensors) for operation in (whole, compact)]
+    # Fewer rows may be multiplied by another kernel of cuBLAS: float32 sums over V = 3001 in another order.
+    allowed = (64 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
     for a, b in zip(*results, strict=True):
         scale = a.abs().max()
         assert scale > 0
-        assert float((a - b).abs().max() / scale) < 4 * torch.finfo(dtype).eps
+        assert float((a - b).abs().max() / scale) < allowed
 
 
 # ---- products and memory ---------------------------------------------------------------------------------------

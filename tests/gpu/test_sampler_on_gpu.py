@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import threading
-import time
 
 import pytest
 import torch
@@ -53,13 +52,15 @@ def flat(groups):
 
 
 def assert_same(plain, captured, tolerance: float = 1e-4) -> None:
-    """Equal tokens; a rounding of the float32 logits may turn one draw in ten thousand, and what follows it."""
+    """Equal samples; a rounding of the float32 logits may turn one draw in ten thousand, and what follows it, or put
+    one more token into a nucleus, which lowers the others' log-probabilities."""
     pairs = list(zip(flat(plain), flat(captured), strict=True))
-    same = [(a, b) for a, b in pairs if a.tokens == b.tokens]
-    assert len(same) >= len(pairs) - max(1, len(pairs) // 100)
-    for a, b in same:
-        assert a.finished == b.finished
-        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=tolerance, rtol=0)
+    same = sum(
+        (a.tokens, a.finished) == (b.tokens, b.finished)
+        and all(abs(x - y) <= tolerance for x, y in zip(a.logprobs, b.logprobs, strict=True))
+        for a, b in pairs
+    )
+    assert same >= len(pairs) - max(1, len(pairs) // 50)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2"])
@@ -135,13 +136,15 @@ def test_adapters_are_captured_as_they_are():
 @gpu_only
 def test_what_it_held_is_free_after_release():
     lm, static = language_model(), Static()
-    torch.cuda.synchronize()
+
+    both(lm)  # cuBLAS keeps a workspace for each stream, the capturing one among them
     before = torch.cuda.memory_allocated()
     both(lm, static=static)
-    assert torch.cuda.memory_allocated() > before and static._decoder is not None  # small: kept for the next call
+    assert static._decoder is not None  # small: kept for the next call
+    held = torch.cuda.memory_allocated() - before
+    assert held > 2**24
     static.release()
-    workspace = 64 * 2**20  # of cuBLAS, on the stream that captured
-    assert torch.cuda.memory_allocated() <= before + workspace
+    assert torch.cuda.memory_allocated() - before <= held // 10
 
 
 @gpu_only
@@ -152,8 +155,9 @@ def test_another_thread_may_use_the_gpu_while_steps_are_captured():
     def work():
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
+                numbers = torch.ones(1 << 20, device=DEVICE)
                 while not stop.is_set():
-                    torch.randn(1 << 20, device=DEVICE).sum().item()
+                    numbers.mul(2).sum().item()
                     torch.empty(64 << 20, device=DEVICE)
         except RuntimeError as error:
             failed.append(error)
@@ -171,17 +175,18 @@ def test_another_thread_may_use_the_gpu_while_steps_are_captured():
 
 @gpu_only
 def test_a_deep_small_model_is_no_longer_bound_by_launches():
+    """Launches are counted: how long they take depends on who shares the GPU, here the other tests."""
     lm, static = language_model(dtype=torch.bfloat16, layers=24), Static()
-    params = dataclasses.replace(PARAMS, end_token=-1, other_ends=(), max_new_tokens=200)
+    params = dataclasses.replace(PARAMS, end_token=-1, other_ends=(), max_new_tokens=100)
 
-    def seconds(*path) -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        builtin.sample(lm, prompts(), 16, params, *path)
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin
+    def launches(*path) -> int:
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as seen:
+            builtin.sample(lm, prompts(), 16, params, *path)
+            torch.cuda.synchronize()
+        return sum(event.count for event in seen.key_averages() if "LaunchKernel" in event.key)
 
-    seconds(static), seconds()
-    captured, plain = min(seconds(static) for _ in range(2)), min(seconds() for _ in range(2))
-    print(f"24 layers, 64 rows, 200 tokens: {5 * captured:.2f} ms a token captured, {5 * plain:.2f} ms step by step")
-    assert captured < plain / 1.5
+    builtin.sample(lm, prompts(), 16, params, static)  # captures
+    captured, plain = launches(static), launches()
+    print(f"24 layers, 64 rows, 100 tokens: {captured} launches besides those in graphs, {plain} step by step")
+    assert plain > 24 * 100
+    assert captured < plain / 10
