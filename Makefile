@@ -54,9 +54,10 @@ demo: setup
 	rm -rf runs/demo
 	$(BIN)/airl-fast train tiny --run-name demo
 
-# Two processes of one thread each: the tests are many and small. A file stays in one process, with its fixtures.
+# Two processes of one thread each: the tests are many and small. A file stays in one process, with its fixtures; files
+# in their order, as xdist's own puts those of few tests, which are the slow ones, last.
 test: setup peers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The same tests as the libraries of another processor compute: python -m tests.processors -h names the settings.
 test-processors: setup peers

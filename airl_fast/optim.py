@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import get_scheduler
 
 from airl_fast.config import OptimConfig
 from airl_fast.errors import UserError
@@ -79,6 +78,8 @@ def make_optimiser(
 
     Parameters that need no gradient are left out. UserError where nothing is left.
     """
+    from transformers import get_scheduler  # imports peft too: seconds, which readers of a reward need not wait
+
     settings, masters = [], []
     for parameters, scale in groups:
         matrices, vectors = [], []
