@@ -152,8 +152,7 @@ def vocabulary_products(one: Policy, update) -> float:
 
 
 @pytest.mark.parametrize(("frozen", "before", "after"), [(False, 4, 3), (True, 2, 2)], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("epochs", [1, 2])
-@pytest.mark.parametrize("form", ["none", "token", "sequence"])
+@pytest.mark.parametrize(("form", "epochs"), [("none", 1), ("none", 2), ("token", 1), ("sequence", 2)])
 def test_products_of_a_step(form, epochs, frozen, before, after):
     """Per pass over the batch, with demonstrations in it."""
     for update, count in ((Policy.update, after), (composed_update, before)):

@@ -13,19 +13,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FILES = (
-    "test_token_head.py",
-    "test_token_head_autograd.py",
-    "test_returns.py",
-    "test_rows.py",
-    "test_logprob.py",
-    "test_logprob_extremes.py",
-    "test_selective.py",
-    "test_policy_loss.py",
-    "test_absent_logprobs.py",
-    "test_logit_layout.py",
-    "test_linear_policy_loss.py",
-)
+FAMILIES = {  # a process of its own each, as few as the parts that fail should tell apart
+    "head and returns": ("token_head", "token_head_autograd", "returns"),
+    "logprob": ("logprob", "logprob_extremes", "selective", "rows", "logit_layout"),
+    "policy loss": ("policy_loss", "absent_logprobs", "linear_policy_loss"),
+}
 WHICH_KERNELS = """
 import torch, tests.airl_kernels.cases, airl_kernels
 from triton.runtime.interpreter import GridExecutor
@@ -53,9 +45,11 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested on this machine's GPU")
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_under_the_interpreter(name):
-    run = interpreted("-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/airl_kernels/{name}")
+@pytest.mark.timeout(1200)  # minutes on a busy core; each of its tests has the usual limit
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_under_the_interpreter(family):
+    files = [f"tests/airl_kernels/test_{name}.py" for name in FAMILIES[family]]
+    run = interpreted("-m", "pytest", "-x", "-p", "no:cacheprovider", *files)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     assert " passed" in run.stdout
 

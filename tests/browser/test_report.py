@@ -325,8 +325,7 @@ def test_tokens_are_legible_at_full_colour(one, visit, scheme) -> None:
         assert (max(back, text) + 0.05) / (min(back, text) + 0.05) > 4.5, (scheme, sign, painted)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (800, "dark")])
 def test_screenshots_and_nothing_wider_than_the_page(two, visit, scheme, width) -> None:
     watched = visit(two, width=width, scheme=scheme)
     page = watched.page

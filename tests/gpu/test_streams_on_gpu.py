@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from tests.gpu.device import DEVICE, gpu_only
+from tests.gpu.device import DEVICE, gpu_only, needs_device
 
 microbatch = pytest.importorskip("airl_fast.microbatch", reason="needs the trainer's sources")
 from airl_fast.beside import Beside  # noqa: E402  (after the check that it is there)
 from airl_fast.pack import pack  # noqa: E402
 from airl_fast.types import Kind, Trace, TraceBatch  # noqa: E402
 
-pytestmark = gpu_only
+pytestmark = [needs_device, gpu_only]
 _BUSY = 400_000_000  # cycles, about a fifth of a second: longer than the host needs to queue all the rest
 
 

@@ -50,8 +50,9 @@ def test_grpo_runs_the_same(tmp_path, architecture, lora):
     assert min(log["grad_norm"] for log in published.logs) > 1e-3
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize(
+    ("architecture", "lora"), [("qwen2", False), ("llama", True)], ids=["qwen2-all weights", "llama-LoRA"]
+)
 def test_grpo_runs_the_same_with_an_entropy_bonus(tmp_path, architecture, lora):
     """The entropy has a gradient of its own, also where the head is frozen; the highest-entropy tokens alone count."""
     how = {"entropy_coef": 0.5, "top_entropy_quantile": 0.6}
@@ -99,8 +100,7 @@ class Sampler:
         return prompts, completions, logprobs, None
 
 
-@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize(("architecture", "mode"), [("qwen2", "sequence_mask"), ("llama", "token_truncate")])
 def test_grpo_runs_the_same_with_importance_sampling_correction(tmp_path, architecture, mode):
     """All of TRL's correction runs; only the sampler is not vLLM, which TRL 1.16 supports up to 0.31."""
 
