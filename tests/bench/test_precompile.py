@@ -195,6 +195,35 @@ def test_a_list_of_other_sources_is_taken_where_it_is_named(tmp_path, capsys, mo
     assert str(path) in stage.command(plan.Visit(out=tmp_path), stage.seconds)
 
 
+FOREIGN = (
+    {"name": "a kernel of another program"},
+    {"module": "m", "function": "f", "data": "no JSON"},
+    {"module": "m", "function": "f", "data": "{}"},
+    {"module": "m", "function": "f", "data": "[]"},
+    "a kernel",
+)
+
+
+@pytest.mark.parametrize("known", [*({"specialisations": [entry]} for entry in FOREIGN), {"broken": [3]}])
+def test_a_list_of_another_program_is_refused_in_a_sentence(known, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"sources": "others", "specialisations": [], "broken": [], **known}))
+    assert precompile.main(["--recorded", str(path), "--jobs", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"bench.precompile: --recorded {path}: give a file that --json wrote (")
+
+
+def test_a_kernel_that_is_no_longer_there_does_not_compile(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    empty = {"attrs_keys": [], "attrs_vals": [], "constant_vals": [], "signature": {}}
+    entry = {"module": "bench.report", "function": "gone", "data": json.dumps(empty | {"options": {"num_warps": 4}})}
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"sources": "others", "specialisations": [entry], "broken": []}))
+    assert precompile.main(["--recorded", str(path), "--jobs", "1"]) == 1
+    assert "FAILED gone(; ) 4 warps: AttributeError" in capsys.readouterr().out
+
+
 def test_a_sample_is_cut_short_where_nothing_ends():
     params = SamplingParams(
         temperature=1.0, top_p=1.0, max_new_tokens=150, end_token=3, other_ends=(), seed=1, batch_size=8
