@@ -146,12 +146,12 @@ class Precompiler:
         return outcome
 
     def _pool(self, tasks_per_process: int | None = None) -> ProcessPoolExecutor:
-        """Idle workers wait for work for ever when this process is killed, unless they end with it. The fork server,
-        which starts the others, ends with it of its own accord."""
-        jobs, begin = self.outcome.jobs, end_with_parent
+        """A visit's workers would wait for work for ever when this process is killed, so they end with it. The others
+        are --verify's, which no visit asks for."""
         if tasks_per_process is None:
-            return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), begin, (os.getpid(),))
-        return ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver"), begin, max_tasks_per_child=1)
+            fork, ends = multiprocessing.get_context("fork"), (os.getpid(),)
+            return ProcessPoolExecutor(self.outcome.jobs, fork, end_with_parent, ends)
+        return ProcessPoolExecutor(self.outcome.jobs, multiprocessing.get_context("forkserver"), max_tasks_per_child=1)
 
     def _record(self, pool: ProcessPoolExecutor, callers: Sequence[str]) -> None:
         found: dict[Specialisation, Specialisation] = {}

@@ -21,12 +21,12 @@ def tied(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", _SCRIPT, str(os.getpid()), *command]
 
 
-def end_with_parent(parent: int | None = None) -> None:
-    """On Linux this process is killed when the one that started it ends. parent: its id, where that is known."""
+def end_with_parent(parent: int) -> None:
+    """On Linux this process is killed when the one that started it ends, whose id is `parent`."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent is not None and os.getppid() != parent:  # it ended before we asked
+    if os.getppid() != parent:  # it ended before we asked
         os.kill(os.getpid(), signal.SIGKILL)
 
 

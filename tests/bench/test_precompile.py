@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +194,39 @@ def test_a_list_of_other_sources_is_taken_where_it_is_named(tmp_path, capsys, mo
     monkeypatch.setattr(plan, "kernel_list", lambda arch: path)
     (stage,) = (stage for stage in plan.STAGES if stage.name == "precompile")
     assert str(path) in stage.command(plan.Visit(out=tmp_path), stage.seconds)
+
+
+ORPHANS = """
+import os, time
+from bench.precompile import Precompiler
+pool = Precompiler(arch=90, jobs=2, say=print)._pool()
+ids = [future.result() for future in [pool.submit(os.getpid) for _ in range(2)]]
+print(*pool._processes, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they are left behind")
+def test_the_pool_ends_with_a_process_that_is_killed():
+    paths = os.pathsep.join((str(ROOT / "kernels"), str(ROOT)))
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHANS], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        workers = [Path("/proc", word, "stat") for word in process.stdout.readline().split()]
+        assert len(workers) == 2 and all(path.exists() for path in workers)
+        process.kill()
+    until = time.monotonic() + 5
+    while (left := [path for path in workers if lives(path)]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
+
+
+def lives(stat: Path) -> bool:
+    """Not so when it ended and nobody has asked for its exit code yet."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 FOREIGN = (
