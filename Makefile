@@ -21,6 +21,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 PEER_SITE := build/peers/site
 PEER_STAMP := $(PEER_SITE)/.installed
 DIST ?= dist
+SDIST := 'import sys, setuptools.build_meta as b; b.build_sdist(sys.argv[1])'
 NATIVE := $(wildcard csrc/*) kernels/setup.py kernels/pyproject.toml
 
 .PHONY: setup peers peer-tests demo test test-processors test-browser test-vllm lint gpu-check gpu-preflight dist clean
@@ -85,7 +86,7 @@ lint: setup
 # packages that `python -m bench.carry` laid out. GPU_CHECK=--rehearse does it on a CPU at toy shapes.
 OUT ?= gpu-check
 gpu-check:
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check $(OUT) $(GPU_CHECK)
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.gpu_check "$(OUT)" $(GPU_CHECK)
 
 # The GPU machine's Python is 3.12; without one, the Python at hand, which the preflight's table names. JOBS: processes.
 GPU_PYTHON ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12 $(PYTHON); do \
@@ -101,11 +102,11 @@ gpu-preflight: $(GPU_STAMP)
 
 # The wheels come from the source distributions, which thereby hold all that is needed, and no stale build folder.
 dist: setup
-	rm -rf $(DIST)
-	mkdir -p $(DIST)
-	cd kernels && $(abspath $(BIN))/python -c "import setuptools.build_meta as b; b.build_sdist('$(abspath $(DIST))')"
-	$(abspath $(BIN))/python -c "import setuptools.build_meta as b; b.build_sdist('$(abspath $(DIST))')"
-	AIRL_KERNELS_NATIVE=0 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST) $(DIST)/*.tar.gz
+	rm -rf "$(DIST)"
+	mkdir -p "$(DIST)"
+	dist=$$(cd "$(DIST)" && pwd) && cd kernels && $(abspath $(BIN))/python -c $(SDIST) "$$dist"
+	dist=$$(cd "$(DIST)" && pwd) && $(abspath $(BIN))/python -c $(SDIST) "$$dist"
+	AIRL_KERNELS_NATIVE=0 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w "$(DIST)" "$(DIST)"/*.tar.gz
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist kernels/build kernels/*.egg-info *.egg-info kernels/airl_kernels/_native.so

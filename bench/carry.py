@@ -4,7 +4,8 @@
 
 Downloads the wheels of `bench/carry.txt` for Python 3.12 on x86-64 Linux, without their dependencies, unpacks them
 and takes out what is not used: tests, type stubs, and of verl all but its fused kernels. Prints each package's size;
-exit code 1 when the folder takes more than 60 MiB.
+exit code 1 when the folder takes more than 60 MiB. The folder is emptied first, which is done to none that this command
+did not make, and only when all wheels are there and whole.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +25,7 @@ from bench.report import table
 REQUIREMENTS = Path(__file__).with_name("carry.txt")
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".carry"
+MARKER = ".made-by-bench-carry"  # in every folder that was laid out here, and so may be emptied
 PYTHON = (3, 12)  # that the compiled ones are for
 MOST_BYTES = 60 << 20
 PLATFORMS = ("manylinux_2_34", "manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
@@ -37,16 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser: argparse.ArgumentParser = Parser(prog="python -m bench.carry", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="emptied first; default .carry")
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="made, or emptied first; default .carry")
     parser.add_argument("--offline", type=Path, metavar="WHEELS", help="take the wheels from this folder")
     options = parser.parse_args(arguments)
-    _empty(options.folder)
+    folder, others = options.folder, _replaceable(options.folder)
+    given = options.offline and options.offline.resolve()
+    if given is not None and folder.resolve() in (given, *given.parents):
+        raise BadArgument(f"--offline {options.offline}: lies in {folder}, which is emptied; give another folder.")
     with tempfile.TemporaryDirectory() as scratch:
         wheels = options.offline or _download(Path(scratch))
         found = sorted(wheels.glob("*.whl"))
         if not found:
             raise BadArgument(f"--offline {wheels}: holds no wheel; leave it out to download them.")
-        sizes = {wheel.name: unpack(wheel, options.folder) for wheel in found}
+        for wheel in found:
+            _check(wheel)
+        try:
+            _empty(folder, others)
+            sizes = {wheel.name: unpack(wheel, folder) for wheel in found}
+        except OSError as error:
+            raise BadArgument(f"{folder}: cannot be written ({error.strerror}); give another folder.") from None
     whole = sum(sizes.values())
     lines = [(name, f"{size / 2**20:.2f}") for name, size in sorted(sizes.items(), key=lambda item: -item[1])]
     print(table(("wheel", "MiB unpacked"), [*lines, ("all", f"{whole / 2**20:.2f}")]))
@@ -65,15 +77,33 @@ def path_of(folder: Path = FOLDER) -> Path | None:
     return folder if folder.is_dir() and sys.version_info[:2] == PYTHON else None
 
 
-def _empty(folder: Path) -> None:
-    """The packages of before go, a list of kernels stays; a folder with anything else is refused."""
+def _replaceable(folder: Path) -> set[Path]:
+    """What emptying would remove: the packages of before, but not a list of kernels. A folder that this command did not
+    make is refused unless it is empty. The default one is its own, also where an earlier version left no marker."""
+    if folder.exists() and not folder.is_dir():
+        raise BadArgument(f"{folder} is a file; give an empty folder or a new one.")
     lists = set(folder.glob(kernel_list("*", folder).name)) if folder.is_dir() else set()
     others = set(folder.iterdir()) - lists if folder.is_dir() else set()
-    if others and not any(folder.glob("*.dist-info")):
+    if others and not (folder / MARKER).is_file() and folder.resolve() != FOLDER.resolve():
         raise BadArgument(f"{folder} holds something else; give an empty folder or a new one.")
+    return others
+
+
+def _check(wheel: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        broken = str(error)
+    if broken is not None:
+        raise BadArgument(f"{wheel} is no whole wheel ({broken}); download it again.")
+
+
+def _empty(folder: Path, others: set[Path]) -> None:
     for path in others:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
 
 
 def _download(folder: Path) -> Path:

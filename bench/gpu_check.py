@@ -13,12 +13,14 @@ after the other, each within its own limit; one that fails or overruns does not 
     trace.json.gz       a profile of the two ops furthest from their goal
     chunk_sweep.json    what the size of a chunk of logits costs
 
-Exit code 0; 1 when a test fails, an op answers wrongly, or a stage did not end; 2 when nothing could be run. A missed
-goal is shown and changes nothing. docs/benchmarks.md says how to publish the folder.
+Exit code 0; 1 when a test fails, an op answers wrongly, or a stage did not end; 2 when nothing could be run; 143 after
+SIGTERM, which stops the stage under way and still leaves a summary. A missed goal is shown and changes nothing.
+docs/benchmarks.md says how to publish the folder.
 """
 
 import argparse
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -27,8 +29,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import carry
-from bench.errors import BadArgument, run_command
-from bench.results import commit
+from bench.errors import BadArgument, Parser, run_command
+from bench.results import commit, device_name
+from bench.tied import exit_on_signal
 from bench.visit.plan import STAGES, WHOLE, WHOLE_REHEARSAL, Stage, Visit
 from bench.visit.records import append
 from bench.visit.runner import ROOT, run
@@ -43,25 +46,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.split("\n\n")[0])
+    summary = __doc__.split("\n\n")[0]
+    parser: argparse.ArgumentParser = Parser(prog="python -m bench.gpu_check", description=summary)
     parser.add_argument("out", type=Path, help="folder for the results; made if absent")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at toy shapes")
     parser.add_argument("--stages", help=f"comma-separated, of {', '.join(s.name for s in STAGES)} (default: all)")
     parser.add_argument("--whole-s", type=float, help=f"seconds for everything (default: {WHOLE:.0f})")
     options = parser.parse_args(arguments)
     stages = _chosen(options.stages)
+    if options.whole_s is not None and not 0 < options.whole_s < math.inf:
+        raise BadArgument(f"--whole-s {options.whole_s:g}: give the seconds for everything, more than 0.")
     visit = Visit(out=options.out.resolve(), rehearse=options.rehearse)
     environment = describe(visit)
     try:
         visit.out.mkdir(parents=True, exist_ok=True)
         for stale in ("results.jsonl", "log.txt", "summary.md", "trace.json.gz", "chunk_sweep.json"):
             (visit.out / stale).unlink(missing_ok=True)
-        append(visit.records, "environment", "environment", **environment)
+        planned = [stage.name for stage in stages]
+        append(visit.records, "environment", "environment", **environment, stages=planned)
     except OSError as error:
         raise BadArgument(f"{options.out} cannot be written ({error.strerror}); give another folder.") from None
     if carry.FOLDER.is_dir() and carry.path_of() is None:
         print(f"{carry.FOLDER.name} is for Python {'.'.join(map(str, carry.PYTHON))} and left out", flush=True)
-    return check(visit, stages, options.whole_s or (WHOLE_REHEARSAL if visit.rehearse else WHOLE))
+    with exit_on_signal():
+        return check(visit, stages, options.whole_s or (WHOLE_REHEARSAL if visit.rehearse else WHOLE))
 
 
 def _chosen(text: str | None) -> tuple[Stage, ...]:
@@ -102,7 +110,7 @@ def describe(visit: Visit) -> dict[str, object]:
         )
     properties = torch.cuda.get_device_properties(0)
     return {
-        "device": properties.name,
+        "device": device_name(torch.device("cuda", 0)),  # as every row names it
         "capability": f"sm_{properties.major}{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
@@ -110,26 +118,34 @@ def describe(visit: Visit) -> dict[str, object]:
 
 
 def check(visit: Visit, stages: Sequence[Stage], whole: float) -> int:
-    """Every stage in its order, whatever became of the ones before; the summary is written after each."""
+    """Every stage in its order, whatever became of the ones before; the summary is written after each, and at the end
+    whatever ends it."""
     start = time.monotonic()
     environment = stage_environment(visit)
-    for number, stage in enumerate(stages):
-        left = whole - (time.monotonic() - start)
-        limit = _limit(stage, stages[number + 1 :], left, visit)
-        reason = stage.absent(visit) or (f"{left:.0f} s are left" if left < LEAST else None)
-        if reason is not None:
-            append(visit.records, stage.name, "end", skipped=reason)
-            print(f"=== {stage.name} is left out: {reason}", flush=True)
-            continue
-        print(f"=== {stage.name}, at most {limit:.0f} s", flush=True)
-        append(visit.records, stage.name, "begin", limit=round(limit, 1), at=round(time.monotonic() - start, 1))
-        ran = run(stage.command(visit, limit), visit.out / "log.txt", limit, environment)
-        append(visit.records, stage.name, "end", code=ran.code, seconds=round(ran.seconds, 1))
-        (visit.out / "summary.md").write_text(render(visit.records), encoding="utf-8")
-    text = render(visit.records)
-    (visit.out / "summary.md").write_text(text, encoding="utf-8")
+    try:
+        for number, stage in enumerate(stages):
+            left = whole - (time.monotonic() - start)
+            limit = _limit(stage, stages[number + 1 :], left, visit)
+            reason = stage.absent(visit) or (f"{left:.0f} s are left" if left < LEAST else None)
+            if reason is not None:
+                append(visit.records, stage.name, "end", skipped=reason)
+                print(f"=== {stage.name} is left out: {reason}", flush=True)
+                continue
+            print(f"=== {stage.name}, at most {limit:.0f} s", flush=True)
+            append(visit.records, stage.name, "begin", limit=round(limit, 1), at=round(time.monotonic() - start, 1))
+            ran = run(stage.command(visit, limit), visit.out / "log.txt", limit, environment)
+            append(visit.records, stage.name, "end", code=ran.code, seconds=round(ran.seconds, 1))
+            _summarise(visit)
+    finally:
+        text = _summarise(visit)
     print("\n" + text, end="", flush=True)
     return exit_code(visit.records)
+
+
+def _summarise(visit: Visit) -> str:
+    text = render(visit.records)
+    (visit.out / "summary.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def _limit(stage: Stage, later: Sequence[Stage], left: float, visit: Visit) -> float:

@@ -29,6 +29,7 @@ from bench.carry import kernel_list
 from bench.errors import BadArgument, Parser, run_command
 from bench.recording import Specialisation
 from bench.stubs import Compiled, compile_one
+from bench.tied import end_with_parent
 
 _EVERY = 5.0  # seconds between lines of progress
 
@@ -145,8 +146,11 @@ class Precompiler:
         return outcome
 
     def _pool(self, tasks_per_process: int | None = None) -> ProcessPoolExecutor:
+        """A visit's workers would wait for work for ever when this process is killed, so they end with it. The others
+        are --verify's, which no visit asks for."""
         if tasks_per_process is None:
-            return ProcessPoolExecutor(self.outcome.jobs, multiprocessing.get_context("fork"))
+            fork, ends = multiprocessing.get_context("fork"), (os.getpid(),)
+            return ProcessPoolExecutor(self.outcome.jobs, fork, end_with_parent, ends)
         return ProcessPoolExecutor(self.outcome.jobs, multiprocessing.get_context("forkserver"), max_tasks_per_child=1)
 
     def _record(self, pool: ProcessPoolExecutor, callers: Sequence[str]) -> None:
@@ -228,8 +232,13 @@ def document(outcome: Outcome) -> dict:
 def read_list(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {name: found[name] for name in ("sources", "specialisations", "broken")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = {name: found[name] for name in ("sources", "specialisations", "broken")}
+        for entry in known["specialisations"]:
+            _ = Specialisation(**entry).name  # which reads all of its data
+        if not all(isinstance(line, str) for line in known["broken"]):
+            raise TypeError("broken is no list of sentences")
+        return known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise BadArgument(f"--recorded {path}: give a file that --json wrote ({error!r}).") from None
 
 

@@ -40,8 +40,12 @@ class Specialisation:
 
     @property
     def weight(self) -> float:
-        """About how long it compiles, in no unit: lines of source times the largest tile."""
-        kernel = getattr(importlib.import_module(self.module), self.function)
+        """About how long it compiles, in no unit: lines of source times the largest tile. 0 for what is not there, as
+        in a list of earlier sources; that it does not compile is said when its turn comes."""
+        try:
+            kernel = getattr(importlib.import_module(self.module), self.function)
+        except (ImportError, AttributeError):
+            return 0.0
         sizes = [value for value in json.loads(self.data)["constant_vals"] if isinstance(value, int)]
         return len(kernel.src) * (1.0 + max(sizes, default=0) / 4096)
 

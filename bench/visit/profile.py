@@ -24,6 +24,7 @@ from bench.peers import airl
 from bench.results import Row
 from bench.shapes import parse_shape
 from bench.targets import judge
+from bench.tied import tied
 from bench.timing import synchronize
 from bench.visit.records import append, of, read
 
@@ -134,7 +135,7 @@ def _counters(row: Row, records: Path, seconds: float) -> None:
     command += ["--once", row.op, row.mode, row.shape]
     found: dict[str, dict[str, str]] = {}
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        ran = subprocess.run(tied(command), capture_output=True, text=True, check=False, timeout=seconds)
         found = counters_in(ran.stdout)
         error = None if found else (ran.stdout + ran.stderr)[-1000:]
     except subprocess.TimeoutExpired:

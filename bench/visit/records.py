@@ -2,7 +2,7 @@
 
 A record is {"stage": ..., "kind": ..., ...}. Kinds, by who writes them:
 
-    environment                 device and versions, first
+    environment                 device, versions and the stages to come, first
     begin, end                  a stage: its limit in seconds; its exit code (null when stopped) and seconds
     case-begin, case            a named case of a stage: `passed`, `seconds`, `error` (its traceback)
     versions, row, absent       of `bench.ops`; each problem is a case

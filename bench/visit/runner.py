@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from bench.tied import tied
+
 ROOT = Path(__file__).resolve().parents[2]
 _DRAIN = 2.0  # seconds to read what was printed last
 MOST_LOG = 15 << 20  # bytes of log.txt; what is printed beyond is not kept
@@ -27,11 +29,12 @@ class Ran:
 def run(command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]) -> Ran:
     """From the project's folder, in a process group of its own, which is killed after `limit` seconds.
 
-    Whoever keeps its output open beyond its end, a compiler's workers for example, is not waited for.
+    Whoever keeps its output open beyond its end, a compiler's workers for example, is not waited for. When this process
+    is killed the command is as well.
     """
     start, code = time.monotonic(), None
     process = subprocess.Popen(
-        command, cwd=ROOT, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        tied(command), cwd=ROOT, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
     with log.open("a", encoding="utf-8") as file:
@@ -44,7 +47,7 @@ def run(command: Sequence[str], log: Path, limit: float, environment: Mapping[st
             pass
         finally:
             _kill(process.pid)  # also what it left running: it must not share the device with the next stage
-        process.wait()
+            process.wait()
         reader.join(_DRAIN)
         file.write("" if code is not None else f"stopped after {limit:.0f} s\n")
     return Ran(code=code, seconds=time.monotonic() - start)

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from bench.tied import tied
 from bench.visit.records import MOST_TEXT, append, of, read
 
 DEAD = 70
@@ -23,9 +24,9 @@ def run_shards(
 ) -> int:
     """Start `command(shard)` for every shard and wait; 1 when a case failed or a process never came to its end.
 
-    ends: exit codes of a process that ran all its cases.
+    ends: exit codes of a process that ran all its cases. None outlives this one.
     """
-    processes = {shard: subprocess.Popen(command(shard)) for shard in range(count)}
+    processes = {shard: subprocess.Popen(tied(command(shard))) for shard in range(count)}
     restarts, broken = dict.fromkeys(processes, 0), False
     while processes:
         time.sleep(0.1)
@@ -39,7 +40,7 @@ def run_shards(
             _close_open_case(records, stage, shard, code)
             restarts[shard] += 1
             if restarts[shard] <= MOST_RESTARTS:
-                processes[shard] = subprocess.Popen(command(shard))
+                processes[shard] = subprocess.Popen(tied(command(shard)))
             else:
                 broken = True
                 print(f"shard {shard} died {restarts[shard]} times and is given up", file=sys.stderr)

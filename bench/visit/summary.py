@@ -13,16 +13,41 @@ from bench.visit.records import of, read
 
 CASE_STAGES = ("smoke", "tests", "headline", "benchmark", "compiled")
 MOST_FAILURES = 25
+MOST_NAMED = 5  # failed cases of a stage in a line about all of it
 
 
 def exit_code(path: Path) -> int:
-    """1 when a case failed, a stage did not end well, or no case ran."""
-    records = read(path)
-    cases = of(records, kind="case")
-    ends = of(records, kind="end")
-    ended = all(r.get("code") == 0 for r in ends if "skipped" not in r)
-    ran = any(r["passed"] and not r.get("skipped") for r in cases)
-    return int(not (ended and ran and all(r["passed"] for r in cases)))
+    return int(bool(failing(read(path))))
+
+
+def failing(records: list[dict]) -> list[str]:
+    """Each stage that did not end well or has failed cases, in half a sentence; also when no case ran at all."""
+    found = []
+    ends = {r["stage"]: r for r in of(records, kind="end")}
+    for stage in dict.fromkeys([*_planned(records), *(r["stage"] for r in records)]):
+        cases = of(records, stage, "case")
+        failed = [f"`{r['name']}`" for r in cases if not r["passed"]]
+        more = [f"and {len(failed) - MOST_NAMED} more"] if len(failed) > MOST_NAMED else []
+        named = f"{len(failed)} of {len(cases)} cases failed: {', '.join([*failed[:MOST_NAMED], *more])}"
+        code = ends.get(stage, {}).get("code", 0)
+        words = [] if code == 0 else [_ended(code)]
+        words += ["had not ended when the visit did"] if stage in unfinished(records) else []
+        words += [named] if failed else []
+        found += [f"{stage}: {'; '.join(words)}"] if words else []
+    if not any(r["passed"] and not r.get("skipped") for r in of(records, kind="case")):
+        found.append("no case passed")
+    return found
+
+
+def unfinished(records: list[dict]) -> list[str]:
+    """The stages, planned or begun, of which no end is recorded: the visit was stopped before."""
+    ended = {r["stage"] for r in of(records, kind="end")}
+    begun = [r["stage"] for r in of(records, kind="begin")]
+    return [stage for stage in dict.fromkeys([*_planned(records), *begun]) if stage not in ended]
+
+
+def _planned(records: list[dict]) -> list[str]:
+    return next(iter(of(records, kind="environment")), {}).get("stages", [])
 
 
 def render(path: Path) -> str:
@@ -66,8 +91,9 @@ def stages_table(records: list[dict]) -> str:
         count = f"{passed} of {len(cases)}" if cases else ""
         state = f"left out: {end['skipped']}" if "skipped" in end else _ended(end["code"])
         lines.append((name, count, "" if "skipped" in end else f"{end['seconds']:.0f}", state))
-    begun = [r["stage"] for r in of(records, kind="begin") if not of(records, r["stage"], "end")]
-    lines += [(name, "", "", "under way when the visit ended") for name in begun]
+    for name in unfinished(records):
+        begun = of(records, name, "begin")
+        lines.append((name, "", "", "under way when the visit ended" if begun else "not begun when the visit ended"))
     return table(("stage", "passed", "seconds", ""), lines) if lines else "None began."
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.tied import tied
 from bench.visit.shards import run_shards
 from bench.visit.stream import VARIABLE
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ[VARIABLE] = "|".join(
             (str(options.records.resolve()), options.stage, str(options.shard), str(options.jobs))
         )
-        return subprocess.run(test_command(options.stage, options.keyword, options.files), check=False).returncode
+        command = test_command(options.stage, options.keyword, options.files)
+        return subprocess.run(tied(command), check=False).returncode
     command = [sys.executable, "-m", "bench.visit.tests", "--records", str(options.records), "--stage", options.stage]
     command += ["--jobs", str(options.jobs), *(["--keyword", options.keyword] if options.keyword else [])]
     command += ["--files", *options.files, "--shard"]

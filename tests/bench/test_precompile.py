@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +194,68 @@ def test_a_list_of_other_sources_is_taken_where_it_is_named(tmp_path, capsys, mo
     monkeypatch.setattr(plan, "kernel_list", lambda arch: path)
     (stage,) = (stage for stage in plan.STAGES if stage.name == "precompile")
     assert str(path) in stage.command(plan.Visit(out=tmp_path), stage.seconds)
+
+
+ORPHANS = """
+import os, time
+from bench.precompile import Precompiler
+pool = Precompiler(arch=90, jobs=2, say=print)._pool()
+ids = [future.result() for future in [pool.submit(os.getpid) for _ in range(2)]]
+print(*pool._processes, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they are left behind")
+def test_the_pool_ends_with_a_process_that_is_killed():
+    paths = os.pathsep.join((str(ROOT / "kernels"), str(ROOT)))
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHANS], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        workers = [Path("/proc", word, "stat") for word in process.stdout.readline().split()]
+        assert len(workers) == 2 and all(path.exists() for path in workers)
+        process.kill()
+    until = time.monotonic() + 5
+    while (left := [path for path in workers if lives(path)]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
+
+
+def lives(stat: Path) -> bool:
+    """Not so when it ended and nobody has asked for its exit code yet."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+FOREIGN = (
+    {"name": "a kernel of another program"},
+    {"module": "m", "function": "f", "data": "no JSON"},
+    {"module": "m", "function": "f", "data": "{}"},
+    {"module": "m", "function": "f", "data": "[]"},
+    "a kernel",
+)
+
+
+@pytest.mark.parametrize("known", [*({"specialisations": [entry]} for entry in FOREIGN), {"broken": [3]}])
+def test_a_list_of_another_program_is_refused_in_a_sentence(known, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"sources": "others", "specialisations": [], "broken": [], **known}))
+    assert precompile.main(["--recorded", str(path), "--jobs", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"bench.precompile: --recorded {path}: give a file that --json wrote (")
+
+
+def test_a_kernel_that_is_no_longer_there_does_not_compile(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    empty = {"attrs_keys": [], "attrs_vals": [], "constant_vals": [], "signature": {}}
+    entry = {"module": "bench.report", "function": "gone", "data": json.dumps(empty | {"options": {"num_warps": 4}})}
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"sources": "others", "specialisations": [entry], "broken": []}))
+    assert precompile.main(["--recorded", str(path), "--jobs", "1"]) == 1
+    assert "FAILED gone(; ) 4 warps: AttributeError" in capsys.readouterr().out
 
 
 def test_a_sample_is_cut_short_where_nothing_ends():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +101,21 @@ def test_an_unknown_stage_and_a_folder_that_is_a_file(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan", "inf", "soon"])
+def test_seconds_that_are_none(seconds, tmp_path, capsys):
+    assert gpu_check.main([str(tmp_path / "out"), "--rehearse", "--stages", "smoke", "--whole-s", seconds]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpu-check: ") and "--whole-s" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_takes_a_folder_with_a_space_in_its_name(tmp_path):
+    command = ["make", "gpu-check", f"OUT={tmp_path / 'a b'}", "GPU_CHECK=--stages none", f"PYTHON={sys.executable}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "gpu-check: --stages none: give some of" in run.stderr
+
+
 # ---- the stages' limits ------------------------------------------------------------------------------------------
 
 CASE = "from pathlib import Path; from bench.visit.records import append; import sys, time, subprocess\n"
@@ -155,6 +172,67 @@ def test_a_summary_is_there_after_every_stage_and_time_that_is_up_begins_none(tm
     assert gpu_check.check(visit, stages[2:], 4.0) == 0
     (end,) = of(read(visit.records), "three", "end")
     assert end["skipped"] == "4 s are left"
+
+
+def test_a_visit_that_is_cut_short_has_not_passed(tmp_path):
+    """Nor do its records say so when nothing could write an end of the stage."""
+    path = tmp_path / "r.jsonl"
+    append(path, "environment", "environment", device="X", stages=["one", "two"])
+    append(path, "one", "begin", limit=60)
+    append(path, "one", "case", name="a", passed=True, seconds=0.1)
+    assert summary.failing(read(path)) == [f"{name}: had not ended when the visit did" for name in ("one", "two")]
+    text = summary.render(path)
+    assert "under way when the visit ended" in text and "not begun when the visit ended" in text
+    assert text.endswith("Check FAILED.\n")
+    append(path, "one", "end", code=0, seconds=1.0)
+    assert summary.exit_code(path) == 1
+    append(path, "two", "end", skipped="2 s are left")
+    assert summary.exit_code(path) == 0 and summary.failing(read(path)) == []
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Of the processes that live, those whose command or environment names the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().replace(b"\0", b" ")
+            if str(folder).encode() in command + (path / "environ").read_bytes():
+                found.append(command.decode(errors="replace"))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("number", "stage", "count"),
+    # The check, its stage, the stage's shard; pytest is a fourth.
+    [(signal.SIGTERM, "smoke", 3), (signal.SIGKILL, "smoke", 3), (signal.SIGKILL, "tests", 4)],
+)
+def test_what_a_check_started_ends_with_it(number, stage, count, tmp_path):
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench.gpu_check", str(out), "--rehearse", "--stages", stage],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}"},
+        stdout=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        until = time.monotonic() + 120
+        while not of(read(out / "results.jsonl"), stage, "case-begin") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert len(processes_of(out)) == count
+        process.send_signal(number)
+        code = process.wait(10)
+    until = time.monotonic() + 5
+    while processes_of(out) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert processes_of(out) == []
+    size = (out / "results.jsonl").stat().st_size
+    if number == signal.SIGTERM:
+        assert code == 143
+        text = (out / "summary.md").read_text()
+        assert "under way when the visit ended" in text and text.endswith("Check FAILED.\n")
+    time.sleep(1.0)
+    assert (out / "results.jsonl").stat().st_size == size
 
 
 def test_an_elastic_stage_takes_the_time_that_is_left_but_not_what_later_ones_need(tmp_path):
