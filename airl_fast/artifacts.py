@@ -60,8 +60,6 @@ def save_policy(lm: LanguageModel, directory: Path, *, listed: bool = False) -> 
 
 def load_policy(directory: Path, config: ModelConfig, device: torch.device) -> LanguageModel:
     """A saved policy, frozen weights quantised as `config` says."""
-    if directory.is_symlink():  # whose target knows nothing of the run's list
-        manifest.check_model(directory)
     base = base_directory(directory)
     if base is not None:
         check_base(directory, base)
@@ -76,11 +74,12 @@ def keep_start(lm: LanguageModel, config: Config, directory: Path) -> LanguageMo
     """Make the start policy a part of the run, so that a resumed run finds it. Returns it as a resumed run loads it."""
     if config.model.lora is not None and config.model.path is not None and not config.warm_start.updates:
         try:
+            target = Path(lm.model.name_or_path)
             directory.parent.mkdir(parents=True, exist_ok=True)
+            manifest.keep_list(manifest.beside(directory), target)  # first: no link without its list
             if directory.is_symlink():  # of a start that was cut short
                 directory.unlink()
-            directory.symlink_to(Path(lm.model.name_or_path), target_is_directory=True)
-            manifest.write_beside(directory)
+            directory.symlink_to(target, target_is_directory=True)
         except OSError as error:
             raise UserError(f"{directory} could not be written ({error.strerror}); check the directory.") from None
         return lm
@@ -116,17 +115,18 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def keep_reader(config: Config, run: Path, *, continued: bool) -> None:
-    """List the user's files that a discriminator's adapters lie over, where they are not the start policy's; in a run
-    that goes on, check them by that list. UserError for what has changed, and for what cannot be written."""
+    """List the user's files that a discriminator's adapters lie over, where they are not the start policy's, or check
+    them by the list that is there. UserError for what has changed, and for what cannot be written.
+
+    continued: from a checkpoint, so that a list that is gone stays so: of these files as they were nobody knows.
+    """
     discriminator = config.discriminator
     if not config.learns_reward or discriminator.lora is None or discriminator.path == "policy":
         return
-    base = Path(discriminator.path).expanduser().resolve()
-    if continued:
-        manifest.check_list(run / _READER, base)
+    if continued and not (run / _READER).is_file():
         return
     try:
-        manifest.write_list(run / _READER, base)
+        manifest.keep_list(run / _READER, Path(discriminator.path).expanduser().resolve())
     except OSError as error:
         raise UserError(f"{run / _READER} could not be written ({error.strerror}); check the directory.") from None
 

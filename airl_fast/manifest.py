@@ -7,7 +7,8 @@ write the files can write the list.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from airl_fast.errors import UserError
 MODEL = "airl_manifest.json"  # of a model directory; users' own hold a manifest.json of other makers now and then
 _FORMAT = 1
 _HARMLESS = ("README.md", "Thumbs.db", "desktop.ini")  # no loader reads them, nor a name that begins with a dot
-_READ = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # what transformers reads of a model directory
+# Of a directory of the user's, where other files come and go: what a loader picks up because of its name, if it is
+# there. Python files besides have to be named by one of these, or by one another: a new one is read by nobody.
+_FOLDERS = ("", "additional_chat_templates", "custom_generate")
+_PICKED_UP = (
+    *("*.safetensors", "*.index.json", "*.jinja", "*.model", "config.json", "config.*.json", "generation_config.json"),
+    *("adapter_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("tekken.json", "vocab*", "merges.txt", "chat_template.json", "custom_generate/*.py"),
+)
 
 
 def write(directory: Path, name: str, **facts: Any) -> None:
@@ -47,61 +55,90 @@ def sync(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- model directories
 
 
-def write_beside(directory: Path) -> None:
-    """The sums of the files that are read of a directory of the user's, beside `directory`, which links to it."""
-    write_list(_beside(directory), directory)
-
-
-def write_list(file: Path, directory: Path) -> None:
-    """The same in a file of any name."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _READ)
-    _write(file, directory, files, {})
+def keep_list(file: Path, directory: Path) -> None:
+    """The sums of the files that are read of a directory of the user's, in a file outside it; where that is there
+    already, `check_list` instead, because what began with other files must not go on with these."""
+    if file.is_file():
+        check_list(file, directory)
+        return
+    code = (path.name for path in directory.glob("*.py") if path.is_file())
+    _write(file, directory, sorted(directory / name for name in {*_picked_up(directory), *code}), {})
 
 
 def check_list(file: Path, directory: Path) -> None:
-    """UserError as `check_model` by a list that `write_list` wrote; without one, `directory` is taken as it is."""
-    found = _problem(file, directory, {}) if file.is_file() else None
-    if found is not None:
-        raise UserError(_refusal(directory, found, file))
+    """UserError as `check_model` by a list that `keep_list` wrote; without one, `directory` is taken as it is."""
+    if file.is_file():
+        _check(file, directory, _picked_up(directory))
+
+
+def beside(directory: Path) -> Path:
+    """The file for the list of what `directory`, a link, leads to."""
+    return directory.parent / f"{directory.name}.{MODEL}"
 
 
 def has_model_list(directory: Path) -> bool:
-    return (directory / MODEL).is_file() or _beside(directory).is_file()
+    return (directory / MODEL).is_file() or beside(directory).is_file()
 
 
 def check_model(directory: Path) -> None:
     """UserError naming the file of a model directory that is missing, is not as it was written, or was added since: a
     second shard, an adapter or a template would be picked up by whoever reads the directory.
 
-    A directory without a list, of a user's or of an older version, is taken as it is. The cost is one reading of the
+    Give the path as it came: where it is a run's link to a directory of the user's, the list lies beside the link. A
+    directory without a list, of a user's or of an older version, is taken as it is. The cost is one reading of the
     files, at the speed of SHA-256.
     """
-    for file in (directory / MODEL, _beside(directory)):
-        if not file.is_file():
-            continue
-        found = _problem(file, directory, {})
-        if found is None and file.parent == directory:
-            listed = json.loads(file.read_text(encoding="utf-8"))["files"]
-            names = (path.relative_to(directory).as_posix() for path in _files(directory))
-            added = [name for name in names if name not in listed and not _is_harmless(name)]
-            found = f"{added[0]} was added to it" if added else None
-        if found is not None:
-            raise UserError(_refusal(directory, found, file))
+    if (directory / MODEL).is_file():
+        _check(directory / MODEL, directory, _entries(directory))
+    for file in {file.resolve(): file for file in map(beside, reversed(_links(directory)))}.values():
+        check_list(file, directory)
 
 
-def _refusal(directory: Path, found: str, file: Path) -> str:
-    return (
-        f"{directory} is not as it was written: {found}; restore it from a copy, or, if the change is your own, "
-        f"delete {file}."
-    )
+def _check(file: Path, directory: Path, present: Iterable[str]) -> None:
+    """present: what must be on the list `file`, if it is there."""
+    found = _problem(file, directory, {})
+    if found is None:
+        listed: Container[str] = json.loads(file.read_text(encoding="utf-8"))["files"]
+        added = next((name for name in present if name not in listed), None)
+        found = f"{added} was added to it" if added else None
+    if found is not None:
+        raise UserError(
+            f"{directory} is not as it was written: {found}; restore it from a copy, or, if the change is your own, "
+            f"delete {file}."
+        )
 
 
-def _beside(directory: Path) -> Path:
-    return directory.parent / f"{directory.name}.{MODEL}"
+def _links(directory: Path) -> list[Path]:
+    """`directory`, what it is a link to, what that is a link to, and at last the directory itself."""
+    places = [directory]
+    while places[-1].is_symlink() and len(places) < 40:  # as many as Linux follows
+        places.append(places[-1].parent / places[-1].readlink())
+    return [*places, Path(os.path.realpath(directory))]
+
+
+def _entries(directory: Path) -> Iterable[str]:
+    """Every name in a model directory of a run that a loader could read: a link or a pipe too, and a link to a
+    directory by its own name, because its files are not the run's."""
+    for folder, subfolders, files in os.walk(directory):
+        subfolders[:] = sorted(name for name in subfolders if not _is_harmless(name))
+        links = [name for name in subfolders if Path(folder, name).is_symlink()]
+        for name in sorted([*files, *links]):
+            path = Path(folder, name).relative_to(directory).as_posix()
+            if path != MODEL and not _is_harmless(name):
+                yield path
+
+
+def _picked_up(directory: Path) -> list[str]:
+    """The names of the user's files that are read, links followed: a directory of theirs may be all links."""
+    folders = [directory / name for name in _FOLDERS if (directory / name).is_dir()]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file() and not _is_harmless(path.name)]
+    names = sorted(path.relative_to(directory).as_posix() for path in files)
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in _PICKED_UP)]
 
 
 def _is_harmless(name: str) -> bool:
-    return name in _HARMLESS or name.startswith(".")
+    """Of a template's name the dot changes nothing."""
+    return name in _HARMLESS or (name.startswith(".") and not name.endswith(".jinja"))
 
 
 # ---------------------------------------------------------------------------------------------- lists
@@ -116,8 +153,10 @@ def _write(file: Path, directory: Path, files: Iterable[Path], facts: dict[str, 
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files
     }
-    file.write_text(json.dumps({"format": _FORMAT, **facts, "files": entries}, indent=1), encoding="utf-8")
-    sync(file)
+    temporary = file.with_name(f".{file.name}.tmp")  # a list that a crash cut short would be damage
+    temporary.write_text(json.dumps({"format": _FORMAT, **facts, "files": entries}, indent=1), encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, file)
 
 
 def _problem(file: Path, directory: Path, facts: dict[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from airl_fast import baselines
+from airl_fast import baselines, checkpoint
 from airl_fast.artifacts import POLICY, REWARD, START, keep_reader, keep_start, load_policy, save_policy, save_reward
 from airl_fast.batches import Replay, rollout_stats, sample_traces, synchronise
 from airl_fast.checkpoint import SignalGuard
@@ -73,9 +73,9 @@ def train_run(
     """Train, save and evaluate; everything goes to `output_dir/name`. Returns the summary, None without evaluation."""
     began = time.monotonic()
     device = pick_device(config)
-    material = load_material(config, say)
     start_directory = Path(config.output_dir).expanduser() / name / START
-    continued = resume != "never" and start_directory.is_dir()
+    continued = resume != "never" and _has_start(start_directory)
+    material = load_material(config, say)
     if continued:
         say_unchecked(start_directory.parent)
     model = load_policy(start_directory, config.model, device) if continued else None
@@ -89,7 +89,7 @@ def train_run(
         if not continued:
             model = _warm_start(config, material.task, model, run.path / START, progress, guard)
         lab = make_lab(config, material, model, device, progress.message)
-        keep_reader(config, run.path, continued=continued)
+        keep_reader(config, run.path, continued=continued and run.resume_from is not None)
         _say_attention(lab, progress.message)
         for model_name, what in what_is_trained(lab).items():
             progress.message(f"{model_name}: trains {what}")
@@ -114,6 +114,18 @@ def train_run(
             write_summary(run.path / "summary.json", summary)
             plot_run(run.path)
     return summary
+
+
+def _has_start(directory: Path) -> bool:
+    """UserError for a run with checkpoints whose start policy is gone: made anew it could be another one."""
+    if directory.is_dir():
+        return True
+    if checkpoint.steps(directory.parent / "checkpoints"):
+        raise UserError(
+            f"{directory} is gone or leads nowhere, and the checkpoints of this run go on from it; put it back, or "
+            "choose another --run-name."
+        )
+    return False
 
 
 def _say_attention(lab: Lab, say: Callable[[str], None]) -> None:

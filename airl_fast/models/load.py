@@ -88,8 +88,9 @@ def check_directory(path: str, key: str) -> Path:
 
     key: names the setting at fault.
     """
-    folder = Path(path).expanduser().resolve()  # absolute: saved adapters record it
-    check_model(folder)
+    given = Path(path).expanduser()
+    check_model(given)  # a run's link to a directory knows more of it than the directory does
+    folder = given.resolve()  # absolute: saved adapters record it
     if not folder.is_dir():
         if _HUB_NAME.fullmatch(path) and key.endswith(".path"):
             raise UserError(f"set {key}=DIR to a local copy of {path}; nothing is downloaded.")

@@ -1,23 +1,21 @@
 """Weights, configurations and tokenizers that changed on the disk since a run wrote them are named, never used."""
 
-import functools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from airl_fast import manifest, saved
-from airl_fast.artifacts import POLICY, REWARD, START, load_policy
+from airl_fast.artifacts import POLICY, REWARD, START
 from airl_fast.cli import main
-from airl_fast.evaluate.command import open_run
+from airl_fast.errors import UserError
 from airl_fast.manifest import MODEL
-from tests.airl_fast.adapter_cases import LORA, model_directory, over
-from tests.airl_fast.run_cases import EASY, SMALL, small_run, train
+from tests.airl_fast.run_cases import EASY, SMALL, small_run
 
 SFT = "baselines/sft/" + POLICY
 
@@ -139,14 +137,44 @@ def test_a_file_that_was_added_is_not_picked_up(run, tmp_path, capsys, part, wha
     assert f"{run / part} is not as it was written: {ADDED[what]} was added to it" in sentence
 
 
+def test_a_linked_directory_that_was_added_is_not_picked_up(run, tmp_path, capsys):
+    """transformers reads the templates in it, and one of that name is every prompt's."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "default.jinja").write_text("{{ messages[0].content }}")
+    (run / START / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    sentence = refused(READ["score"][1](run, tmp_path), capsys)
+    assert f"{run / START} is not as it was written: additional_chat_templates was added to it" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "add"),
+    [
+        ("sub/below", lambda path: path.symlink_to("/")),
+        ("dangling.json", lambda path: path.symlink_to("nowhere")),
+        ("more.safetensors", lambda path: path.symlink_to("model.safetensors")),
+        ("pipe", os.mkfifo),
+        ("additional_chat_templates/.jinja", Path.touch),
+        ("sub/airl_manifest.json", Path.touch),
+    ],
+)
+def test_whatever_is_added_is_named(run, name, add):
+    (run / START / name).parent.mkdir(exist_ok=True)
+    add(run / START / name)
+    with pytest.raises(UserError, match=f"start is not as it was written: {name} was added to it"):
+        manifest.check_model(run / START)
+
+
 def test_odd_paths_have_no_list(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for path in (Path("/"), Path(), Path(".."), tmp_path / "gone"):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (Path("/"), Path(), Path(".."), tmp_path / "gone", tmp_path / "loop"):
         manifest.check_model(path)
 
 
 def test_what_nothing_reads_may_be_added(run, tmp_path):
-    for name in ("README.md", ".gitattributes", ".DS_Store", "Thumbs.db"):
+    (run / START / "sub").mkdir()
+    (run / START / ".cache").symlink_to(tmp_path)
+    for name in ("README.md", ".gitattributes", ".DS_Store", "Thumbs.db", "sub/.DS_Store", "sub/Thumbs.db"):
         (run / START / name).write_text("mine")
     assert main([str(word) for word in READ["score"][1](run, tmp_path)]) == 0
 
@@ -190,106 +218,3 @@ def test_an_export_is_the_users_to_change(run, tmp_path, capsys):
                  str(tmp_path / "t.json")]) == 0, capsys.readouterr().err  # fmt: skip
     assert main(["make-model", "tiny", *EASY, "warm_start.examples=500", "-o", str(tmp_path / "made")]) == 0
     assert not (tmp_path / "made" / MODEL).exists()
-
-
-# ---- adapters, and the weights of the user's under them ----
-
-
-@functools.cache
-def base() -> Path:
-    """A user's model directory that the run below links to: a copy, because tests change it."""
-    folder = model_directory().with_name("linked")
-    shutil.copytree(model_directory(), folder)
-    return folder
-
-
-@functools.cache
-def adapted_run() -> Path:
-    root = base().parent
-    train(*over(base(), *LORA, "steps=1", "evaluate.final=false", f"output_dir={root}"), "--run-name", "adapted")
-    return root / "adapted"
-
-
-@pytest.fixture
-def adapted(tmp_path) -> Path:
-    shutil.copytree(adapted_run(), tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns(".lock"))
-    return tmp_path / "run"
-
-
-@pytest.mark.parametrize(
-    ("part", "file", "command"),
-    [
-        (REWARD, "adapter_model.safetensors", "score"), (REWARD, "adapter_config.json", "score"),
-        (REWARD, "head.safetensors", "score"), (REWARD, "tokenizer.json", "score"),
-        (POLICY, "adapter_model.safetensors", "export"), (POLICY, "adapter_config.json", "generate by the policy"),
-        (REWARD, "adapter_model.safetensors", "export the reward"),
-    ],
-)  # fmt: skip
-def test_a_flipped_bit_in_an_adapter_is_named(adapted, tmp_path, capsys, part, file, command):
-    flip(adapted / part / file)
-    sentence = refused(READ[command][1](adapted, tmp_path), capsys)
-    assert f"{part} is not as it was written: {file} has changed since it was written" in sentence
-    (adapted / part / file).unlink()
-    assert f"{file} is missing" in refused(READ[command][1](adapted, tmp_path), capsys)
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_the_linked_weights_under_the_adapters_are_checked_too(adapted, tmp_path, capsys, file):
-    """They are the user's, so their list is the run's; what else lies there is nobody's business."""
-    assert (adapted / START).is_symlink() and not (base() / MODEL).exists()
-    listed = adapted / f"{START}.{MODEL}"
-    state = open_run(adapted).start.model.state_dict()
-    expected = {name: tensor.clone() for name, tensor in state.items()}  # those are mapped from the file
-    (base() / "consolidated.pth").write_text("of another library")
-    original = (base() / file).read_bytes()
-    flip(base() / file)
-    try:
-        sentence = refused(READ["score"][1](adapted, tmp_path), capsys)
-        assert f"{adapted / START} is not as it was written: {file} has changed since it was written" in sentence
-        assert f"delete {listed}." in sentence
-        if file == "model.safetensors":
-            listed.unlink()  # the change is the user's own
-            found = open_run(adapted).start.model.state_dict()
-            assert sum(not torch.equal(found[name], expected[name]) for name in expected) == 1
-    finally:
-        (base() / file).write_bytes(original)
-
-
-@pytest.mark.parametrize("name", ["export", "export the reward", "transfer of another run"])
-def test_the_linked_weights_are_checked_where_only_an_adapter_is_read(adapted, tmp_path, capsys, name):
-    original = (base() / "model.safetensors").read_bytes()
-    flip(base() / "model.safetensors")
-    try:
-        sentence = refused(READ[name][1](adapted, tmp_path), capsys)
-        assert f"{START} is not as it was written: model.safetensors has changed since it was written" in sentence
-    finally:
-        (base() / "model.safetensors").write_bytes(original)
-    assert main([str(word) for word in READ["export"][1](adapted, tmp_path)]) == 0
-
-
-def test_a_copy_in_place_of_the_link_is_checked_by_the_same_list(adapted):
-    config = open_run(adapted).config.model
-    (adapted / START).unlink()
-    shutil.copytree(base(), adapted / START)
-    load_policy(adapted / START, config, torch.device("cpu"))
-    flip(adapted / START / "model.safetensors")
-    with pytest.raises(Exception, match="start is not as it was written: model.safetensors has changed"):
-        load_policy(adapted / START, config, torch.device("cpu"))
-
-
-def test_the_users_weights_under_a_discriminator_are_checked(tmp_path, capsys):
-    """They are another directory than the policy's, which no other list has; without adapters final/ holds them all."""
-    reader = tmp_path / "reader"
-    shutil.copytree(model_directory(), reader)
-    words = over(model_directory(), *LORA, "steps=1", "checkpoint_every=1", "evaluate.final=false",
-                 f"discriminator.path={reader}", f"output_dir={tmp_path}")  # fmt: skip
-    train(*words, "--run-name", "run")
-    run, resume = tmp_path / "run", ["train", "tiny", *words, "--run-name", "run", "--resume", "auto"]
-    commands = [READ["score"][1](run, tmp_path), READ["export the reward"][1](run, tmp_path), resume]
-    flip(reader / "model.safetensors")
-    for command in commands:
-        sentence = refused(command, capsys)
-        assert f"{reader} is not as it was written: model.safetensors has changed since it was written" in sentence
-        assert sentence.endswith(f"delete {run / 'discriminator.airl_manifest.json'}.")
-    flip(reader / "model.safetensors")
-    assert main([str(word) for word in commands[0]]) == 0
