@@ -33,6 +33,7 @@ from airl_fast.models.adapters import (
     save_adapter,
     share,
 )
+from airl_fast.models.check import verify_model
 from airl_fast.models.ends import write_ends
 from airl_fast.models.heads import make_head
 from airl_fast.models.load import LanguageModel, check_directory, load_language_model, load_model, load_tokenizer
@@ -158,7 +159,11 @@ def save_reward(model: Discriminator, tokenizer, directory: Path) -> None:
 def load_reward(
     directory: Path, config: Config, maker: TraceMaker, start: LanguageModel, device: torch.device
 ) -> tuple[Discriminator, Bridge]:
-    """The reward model of a run, with its way to and from the tokens of `maker`'s policy."""
+    """The reward model of a run, with its way to and from the tokens of `maker`'s policy.
+
+    Its backbone is compared over packed rows as in training: it may be loaded where another kernel runs, or by another
+    version of its code.
+    """
     base = base_directory(directory)
     folder = directory if base is not None else check_directory(str(directory), "reward model")
     head_file, settings_file = folder / "head.safetensors", folder / "head.json"
@@ -181,7 +186,9 @@ def load_reward(
     tokenizer = load_tokenizer(folder, "reward model", trust_remote_code=config.model.trust_remote_code)
     same = tokenizer.backend_tokenizer.to_str() == start.tokenizer.backend_tokenizer.to_str()
     chat = None if same else ChatFormat.from_tokenizer(tokenizer)
-    return model.to(device).requires_grad_(False), Bridge(maker=maker, chat=chat, device=device, regimes=model.regimes)
+    model = model.to(device).requires_grad_(False)
+    verify_model(model.backbone, str(directory))
+    return model, Bridge(maker=maker, chat=chat, device=device, regimes=model.regimes)
 
 
 def _load_backbone(

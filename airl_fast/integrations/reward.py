@@ -24,6 +24,7 @@ from airl_fast.judge.judge import bridge_from, locate_reward
 from airl_fast.lab import make_maker
 from airl_fast.measures.localise import TokenValues
 from airl_fast.measures.rerank import Scorer, trace_scores
+from airl_fast.models.check import verify_packing
 from airl_fast.models.load import LanguageModel
 from airl_fast.pack import pack
 from airl_fast.saved import run_config
@@ -75,6 +76,7 @@ class AIRLRewardFunction:
         data = self.config.data
         task = make_task(data.task, path=data.path, seed=self.config.seed, **data.options)
         start = load_policy(root / START, self.config.model, self.device)
+        verify_packing(start, str(root / START))
         maker = make_maker(self.config, task, start)
         self.model: Discriminator
         self.model, own = load_reward(directory, self.config, maker, start, self.device)

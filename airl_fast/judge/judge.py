@@ -176,7 +176,7 @@ def open_judge(
     if task is None:
         task = make_task(config.data.task, path=config.data.path, seed=config.seed, **config.data.options)
     start = load_policy(root / START, config.model, device)
-    verify_packing(start)
+    verify_packing(start, str(root / START))
     model, own = load_reward(directory, config, make_maker(config, task, start), start, device)
     tokenizer, ends = (None, ()) if policy is None else (policy.tokenizer, policy.ends)
     bridge = bridge_from(model, own, start.tokenizer, tokenizer, config, ends)

@@ -6,14 +6,15 @@ nothing has to be switched on or off. Policy, start policy and discriminator are
 """
 
 import copy
+import dataclasses
 import importlib
+import json
 import logging
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 _PREFIX = "base_model.model."  # what PEFT puts before the names of a model's own parameters
 _ADAPTER = "default"
+# Of what PEFT writes about a LoRA adapter: what is handed back to it, and what changes nothing that is computed.
+_HONOURED = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "task_type",
+)  # fmt: skip
+_INFORMATION = (
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "qalora_group_size",
+)  # fmt: skip
+_DRAWN = (True, False, "gaussian")  # of init_lora_weights: all give numbers that the saved ones replace
 
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses a kernel that lies on the Hub
@@ -223,28 +234,62 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 def adapter_base(folder: Path, key: str) -> str:
     """The directory of the weights that a saved adapter belongs to."""
-    peft = require("peft", key)
-    try:
-        base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    except Exception as error:  # PEFT raises whatever its JSON's reader and its dataclass raise
-        raise UserError(f"{key}: {folder / CONFIG} does not load ({error}); save the adapter again.") from None
-    if not base:
+    base = _saved_settings(folder, key).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise UserError(f"{key}: {folder / CONFIG} names no base_model_name_or_path; add the base model's directory.")
     return base
+
+
+def _saved_settings(folder: Path, key: str) -> dict[str, object]:
+    """What an adapter_config.json says, which may be anyone's: it can make PEFT import a module that it names, read a
+    pickle or change the frozen weights. UserError for one that sets more than a plain LoRA adapter does."""
+    file = folder / CONFIG
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{key}: {file} does not load ({_reason(error)}); save the adapter again.") from None
+    if settings.get("peft_type") != "LORA":
+        raise UserError(
+            f"{key}: {file} says peft_type={settings.get('peft_type')!r:.60}, and only LORA is read; "
+            "save a LoRA adapter, or merge this one with PEFT."
+        )
+    fields = dataclasses.fields(require("peft", key).LoraConfig)
+    defaults = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+    for name, value in settings.items():
+        if name in _HONOURED or name in _INFORMATION or (name == "init_lora_weights" and value in _DRAWN):
+            continue
+        # The default of another version's setting is not known here, but nothing is set by what is empty.
+        if value != defaults[name] if name in defaults else value:
+            raise UserError(
+                f"{key}: {file} sets {name[:60]}, which is not read; save a LoRA adapter that leaves it out, "
+                "or merge this one with PEFT."
+            )
+    return settings
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, base: str, key: str) -> None:
     """Put the saved adapter into `model`, in place and frozen. UserError when it is not of this model."""
     peft = require("peft", key)
+    settings = _saved_settings(folder, key)
     try:
-        model.add_adapter(peft.PeftConfig.from_pretrained(str(folder)))
+        honoured = {name: settings[name] for name in _HONOURED if name in settings}
+        model.add_adapter(peft.LoraConfig(**honoured, inference_mode=True))
+        if hasattr(model.get_output_embeddings(), "lora_A"):
+            raise ValueError("it adapts the output layer, which the log-probabilities read as it is")
         _finish(model, base)
         tensors = {name.removeprefix(_PREFIX): t for name, t in load_file(folder / WEIGHTS).items()}
         own = peft.get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
         if tensors.keys() != own.keys():
             raise ValueError("its layers are not this model's")
         peft.set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{key}: the adapter in {folder} does not fit the model in {base} ({reason}).") from None
+    except Exception as error:  # PEFT raises whatever the values that it is handed raise
+        raise UserError(
+            f"{key}: the adapter in {folder} does not fit the model in {base} ({_reason(error)})."
+        ) from None
     model.requires_grad_(False)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

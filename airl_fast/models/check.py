@@ -1,10 +1,11 @@
-"""Before anything is trained on packed rows: does the model compute over them what it computes over plain sequences?"""
+"""Before packed rows are trained on or scored: does the model compute over them what it does over plain sequences?"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedModel
 
 from airl_fast.errors import UserError
 from airl_fast.models.attention import keep_own_attention, packed_kernel, sliding_window
@@ -20,25 +21,30 @@ _TOLERANCE = 0.05  # of states; rounding in bfloat16 stays well below
 _EXACT = 1e-3  # of rotations, which are of one position each and computed in float32
 
 
-@torch.no_grad()
 def verify_packing(lm: LanguageModel, key: str = "model.path") -> None:
+    """`verify_model` of a language model."""
+    verify_model(lm.model, key)
+
+
+@torch.no_grad()
+def verify_model(model: PreTrainedModel, key: str) -> None:
     """Compare packed rows with plain sequences, two completions of one prompt; then a short trace beside long ones
-    with the same trace alone.
+    with the same trace alone. The model may be a backbone without an output layer.
 
     A model that computes something else over packed rows goes back to its own attention, with the reason for the log;
     one that does so even then, or reads a trace otherwise beside a longer one, is refused with UserError.
     """
-    name = type(lm.model).__name__
-    problem = _packing_error(lm)
-    if problem is not None and packed_kernel(lm.backbone) is not None:
-        keep_own_attention(lm.model, f"{name} computes something else over packed rows ({problem})")
-        problem = _packing_error(lm)
+    name = type(model).__name__
+    problem = _packing_error(model.base_model)
+    if problem is not None and packed_kernel(model.base_model) is not None:
+        keep_own_attention(model, f"{name} computes something else over packed rows ({problem})")
+        problem = _packing_error(model.base_model)
     if problem is not None:
         raise UserError(
-            f"{key}: a {name} cannot be trained on packed sequences ({problem}); "
+            f"{key}: a {name} cannot read packed sequences ({problem}); "
             "use another architecture, such as Qwen2 or Llama."
         )
-    problem = _neighbour_error(lm)
+    problem = _neighbour_error(model.base_model)
     if problem is not None:
         raise UserError(
             f"{key}: a {name} reads a sequence otherwise when a longer one is beside it ({problem}), so no batch has "
@@ -46,43 +52,44 @@ def verify_packing(lm: LanguageModel, key: str = "model.path") -> None:
         )
 
 
-def _packing_error(lm: LanguageModel) -> str | None:
+def _packing_error(backbone: PreTrainedModel) -> str | None:
     """As the model is, and past its sliding window, where it has one."""
-    problem = _rows_error(lm)
-    if problem is None and sliding_window(lm.backbone.config) is not None:
-        with _narrow_window(lm.backbone.config):
-            problem = _rows_error(lm)
+    problem = _rows_error(backbone)
+    if problem is None and sliding_window(backbone.config) is not None:
+        with _narrow_window(backbone.config):
+            problem = _rows_error(backbone)
         problem = None if problem is None else f"past its sliding window {problem}"
     return problem
 
 
-def _rows_error(lm: LanguageModel) -> str | None:
-    ids = [i % lm.num_tokens for i in range(_LENGTH)]
+def _rows_error(backbone: PreTrainedModel) -> str | None:
+    ids = _ids(backbone)
     completions = (ids[_PROMPT:7], ids[7:])
-    batch = pack([_trace(ids[:_PROMPT], tokens) for tokens in completions], lm.device)
+    batch = pack([_trace(ids[:_PROMPT], tokens) for tokens in completions], backbone.device)
     try:
-        packed = hidden_states(lm.backbone, batch)[batch.label_rows].split(batch.loss_lengths)
+        packed = hidden_states(backbone, batch)[batch.label_rows].split(batch.loss_lengths)
     except (RuntimeError, TypeError, ValueError) as error:  # what a model raises that does not know the arguments
         return _first_line(error)
     for tokens, found in zip(completions, packed, strict=True):
-        whole = torch.tensor([ids[:_PROMPT] + tokens], device=lm.device)
-        alone = lm.backbone(input_ids=whole, use_cache=False).last_hidden_state[0, _PROMPT:]
+        whole = torch.tensor([ids[:_PROMPT] + tokens], device=backbone.device)
+        alone = backbone(input_ids=whole, use_cache=False).last_hidden_state[0, _PROMPT:]
         if (problem := _difference(found, alone)) is not None:
             return problem
     return None
 
 
-def _neighbour_error(lm: LanguageModel) -> str | None:
+def _neighbour_error(backbone: PreTrainedModel) -> str | None:
     """A trace of each length at which anything could change, those of one regime in one pass, and each alone."""
-    regimes = regimes_of(lm.backbone)
-    lengths = {_LENGTH, lm.max_length, *(end + more for end in regimes.switches for more in (0, 1))}
+    regimes = regimes_of(backbone)
+    longest = int(backbone.config.get_text_config().max_position_embeddings)
+    lengths = {_LENGTH, longest, *(end + more for end in regimes.switches for more in (0, 1))}
     together: dict[object, list[int]] = {}
-    for length in sorted(length for length in lengths if _LENGTH <= length <= lm.max_length):
+    for length in sorted(length for length in lengths if _LENGTH <= length <= longest):
         together.setdefault(regimes.of(length), []).append(length)
     try:
-        alone = {length: _read(lm, [length])[0] for group in together.values() for length in group}
+        alone = {length: _read(backbone, [length])[0] for group in together.values() for length in group}
         for group in reversed(together.values()):
-            for length, found in zip(group, _read(lm, group), strict=True):
+            for length, found in zip(group, _read(backbone, group), strict=True):
                 problem = _difference(found.states, alone[length].states)
                 for ours, theirs in zip(found.rotations, alone[length].rotations, strict=True):
                     problem = problem or _difference(ours, theirs, "rotations", _EXACT)
@@ -101,20 +108,20 @@ class _Reading:
     rotations: list[torch.Tensor]
 
 
-def _read(lm: LanguageModel, lengths: Sequence[int]) -> list[_Reading]:
+def _read(backbone: PreTrainedModel, lengths: Sequence[int]) -> list[_Reading]:
     """A trace of each length, all in one pass.
 
     Only a trace's first and last tokens are there, at their positions, which are all that a length is known by. Their
     rotations are compared besides their states because a trained model may hardly feel wrong ones over a few tokens.
     """
-    ids = [i % lm.num_tokens for i in range(_LENGTH)]
-    batch = pack([_trace(ids[:_PROMPT], ids[_PROMPT:]) for _ in lengths], lm.device, share=False)
-    last = torch.arange(_PROMPT, _LENGTH, device=lm.device)
+    ids = _ids(backbone)
+    batch = pack([_trace(ids[:_PROMPT], ids[_PROMPT:]) for _ in lengths], backbone.device, share=False)
+    last = torch.arange(_PROMPT, _LENGTH, device=backbone.device)
     positions = batch.positions.clone()
     for length, rows in zip(lengths, batch.label_rows.split(batch.loss_lengths), strict=True):
         positions[rows] = last + (length - _LENGTH)
-    with _rotations(lm.backbone) as given:
-        states = one_pass(lm.backbone, replace(batch, positions=positions))
+    with _rotations(backbone) as given:
+        states = one_pass(backbone, replace(batch, positions=positions))
     given = [tensor for tensor in given if tensor.ndim > 1 and tensor.shape[-2] == len(states)]
     return [
         _Reading(states=states[rows], rotations=[tensor[..., rows, :] for tensor in given])
@@ -146,6 +153,10 @@ def _narrow_window(config) -> Iterator[None]:
         yield
     finally:
         config.sliding_window = window
+
+
+def _ids(backbone: PreTrainedModel) -> list[int]:
+    return [i % len(backbone.get_input_embeddings().weight) for i in range(_LENGTH)]
 
 
 def _trace(prompt: Sequence[int], tokens: Sequence[int]) -> Trace:

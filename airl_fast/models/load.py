@@ -2,12 +2,23 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    dynamic_module_utils,
+)
+from transformers.models.auto import tokenization_auto
+from transformers.utils.import_utils import DummyObject
 
 from airl_fast.errors import UserError
 from airl_fast.manifest import check_model
@@ -128,17 +139,64 @@ def _check_shards(index: Path, key: str) -> None:
 
 def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        _check_tokenizer_class(folder, key)
+        with _no_questions():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except UserError:
+        raise
     except Exception as error:  # transformers raises whatever its file formats raise
         _refuse_code(error, folder, key)
         raise UserError(
             f"{key}: the tokenizer in {folder} does not load ({_first_line(error)}); save it again."
         ) from error
-    if not tokenizer.is_fast:
+    if not (isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.is_fast):
         raise UserError(f"{key}: the tokenizer in {folder} is not a fast tokenizer; save its tokenizer.json.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_tokenizer_class(folder: Path, key: str) -> None:
+    """A directory may name any class of transformers as its tokenizer's, and AutoTokenizer would load by it: one that
+    holds several tokenizers forgets whether code is trusted, and a model's reads pickled weights."""
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    asked = [(file, settings.get("tokenizer_class")), (folder / "config.json", config.get("tokenizer_class"))]
+    types = (tokenization_auto.TOKENIZER_MAPPING_NAMES.get(name) for name in _model_types(config))
+    asked += [(folder / "config.json", name) for name in types]
+    for source, name in asked:
+        for each in (name, name.removesuffix("Fast"), f"{name}Fast") if isinstance(name, str) else ():
+            found = tokenization_auto.tokenizer_class_from_name(each)
+            stands_in = isinstance(found, DummyObject)  # for a tokenizer whose package is not here, and says so itself
+            if found is None or stands_in or (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
+                continue
+            raise UserError(
+                f"{key}: {source} asks for {name[:60]} as its tokenizer's class, which is none of a single tokenizer; "
+                "save the tokenizer again, or set tokenizer_class to PreTrainedTokenizerFast there."
+            )
+
+
+def _model_types(config: object) -> Iterator[str]:
+    """Of a configuration and those inside it, each of which may bring its tokenizer's class."""
+    if isinstance(config, dict):
+        if isinstance(config.get("model_type"), str):
+            yield config["model_type"]
+        for value in config.values():
+            yield from _model_types(value)
+
+
+@contextmanager
+def _no_questions() -> Iterator[None]:
+    """Where transformers was not told whether code is trusted, it asks on the terminal; without time for an answer it
+    raises what `_refuse_code` knows. It is told, but some of its classes do not hand that on."""
+    before, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def load_model(
@@ -157,18 +215,19 @@ def load_model(
     if quantise is not None:
         quantised = {"quantization_config": nf4(dtype, f"quantise={quantise}"), "device_map": {"": device or "cpu"}}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        model, info = auto.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **quantised,
-        )
+        with _no_questions():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            model, info = auto.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **quantised,
+            )
     except Exception as error:  # as above: a damaged file raises a dozen types
         _refuse_code(error, folder, key)
         raise UserError(f"{key}: the model in {folder} does not load ({_first_line(error)}); save it again.") from error

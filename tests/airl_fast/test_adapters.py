@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -13,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from airl_fast.config import LoraConfig
 from airl_fast.errors import UserError
 from airl_fast.models import adapters
-from airl_fast.models.adapters import load_adapter, merge, save_adapter, share, trainable
+from airl_fast.models.adapters import adapter_base, load_adapter, merge, save_adapter, share, trainable
 from airl_fast.models.load import load_model, load_tokenizer, wrap
 from airl_fast.rollout import builtin
 from airl_fast.rollout.engine import SamplingParams
@@ -280,6 +281,76 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"adapter in .* does not fit") as caught:
         load_adapter(model_of(), tmp_path, "/b", "final/policy")
     assert "\n" not in str(caught.value)
+
+
+HOSTILE = {
+    "megatron_core": {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "payload.core"},
+    "megatron_core alone": {"megatron_core": "payload.core"},
+    "peft_type='XLORA'": {"peft_type": "XLORA", "adapters": {"a": "."}},
+    "peft_type=None": {"peft_type": None},
+    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "use_dora": {"use_dora": True},
+    "bias": {"bias": "all"},
+    "modules_to_save": {"modules_to_save": ["norm"]},
+    "layer_replication": {"layer_replication": [[0, 1], [0, 1]]},
+    "of_another_version": {"of_another_version": 1},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("read", ["load", "base"])
+def test_an_adapter_s_settings_go_no_further_than_a_plain_lora(tmp_path, monkeypatch, name, read):
+    """The file may be anyone's, and PEFT would import the module or read the pickle that it names."""
+    save_adapter(adapted(model_of()), tmp_path)
+    file, ran = tmp_path / "adapter_config.json", tmp_path / "ran"
+    (tmp_path / "payload").mkdir()
+    (tmp_path / "payload" / "__init__.py").write_text(f"open({str(ran)!r}, 'w')")
+    (tmp_path / "payload" / "core.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | HOSTILE[name]))
+    with pytest.raises(UserError, match=rf"^final/policy: {file} (sets|says) {name.split()[0][:8]}.*\.$") as caught:
+        load_adapter(model_of(), tmp_path, "/b", "final/policy") if read == "load" else adapter_base(
+            tmp_path, "final/policy"
+        )
+    assert not ran.exists() and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000])
+def test_adapter_settings_that_are_no_json_object_are_named(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"^x: .*adapter_config\.json does not load \(.*\); save the adapter again\.$"):
+        load_adapter(model_of(), tmp_path, "/b", "x")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"r": "4"}, {"r": 0}, {"rank_pattern": [1]}, {"target_modules": "("}, {"target_modules": {"a": 1}},
+     {"task_type": "NONE"}, {"target_modules": ["q_proj", "lm_head"]}],
+)  # fmt: skip
+def test_settings_that_peft_stumbles_over_are_one_sentence(tmp_path, wrong):
+    save_adapter(adapted(model_of()), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    with pytest.raises(UserError, match=rf"^x: the adapter in {tmp_path} does not fit the model in /b \(.*\)\.$"):
+        load_adapter(model_of(), tmp_path, "/b", "x")
+
+
+def test_what_peft_itself_writes_of_a_lora_is_honoured(tmp_path):
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["q_proj", "up_proj"], use_rslora=True, rank_pattern={"q_proj": 2},
+        alpha_pattern={"up_proj": 5}, layers_to_transform=[0], init_lora_weights="gaussian", lora_dropout=0.1,
+    )  # fmt: skip
+    model = peft.get_peft_model(model_of(), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    model.eval()
+    ours = model_of()
+    load_adapter(ours, tmp_path, "b", "x")
+    assert torch.equal(logits(ours), logits(model)) and not torch.equal(logits(ours), logits(model_of()))
+    torch.testing.assert_close(logits(merge(ours)), logits(model), atol=1e-4, rtol=1e-4)
 
 
 def test_a_missing_package_is_named_with_the_setting_that_wants_it(monkeypatch):

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from airl_fast.errors import UserError
+from airl_fast.integrations.reward import AIRLRewardFunction
+from airl_fast.judge.judge import open_judge
 from airl_fast.models.attention import (
     PREFIX,
     SharedPrefixAttention,
@@ -26,6 +28,7 @@ from airl_fast.models.load import wrap
 from airl_fast.pack import pack
 from airl_fast.types import Segments
 from tests.airl_fast.model_cases import CPU, trace
+from tests.airl_fast.run_cases import small_run
 
 KERNELS = [CpuFlash(), Segmentwise()]
 # prompts, completions, completions of each prompt
@@ -164,23 +167,42 @@ def test_an_architecture_that_keeps_its_own_attention_gets_the_mask():
         torch.testing.assert_close(found, alone[-len(t.tokens) :], atol=1e-5, rtol=1e-5)
 
 
+def blind(module, query, key, value, attention_mask, packing=None, **unused):
+    """Attention that ignores the packing."""
+    masked = attention_mask if packing is None else None
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, masked, **unused)
+
+
 def test_a_model_that_computes_something_else_over_packed_rows_is_found_out(monkeypatch):
     """Its attention ignores the packing: it goes back to its own, which gets the mask, and the log says why."""
-
-    def causal(module, query, key, value, attention_mask, packing=None, **unused):
-        masked = attention_mask if packing is None else None  # blind to segments
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, masked, **unused)
-
     lm = wrap(model_of("qwen2", 2), None)
     verify_packing(lm)
     assert packed_kernel(lm.backbone) == "auto" and why_not_shared(lm.model) is None
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PREFIX + "auto", causal)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PREFIX + "auto", blind)
     verify_packing(lm)
     assert packed_kernel(lm.backbone) is None
     assert "Qwen2ForCausalLM computes something else over packed rows" in why_not_shared(lm.model)
     traces = groups_of([[5, 9], [4]])
     found = token_logprobs(lm, pack(traces, CPU))
     torch.testing.assert_close(found, torch.cat(padded_logprobs(lm.model, traces)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("open_it", [open_judge, AIRLRewardFunction])
+def test_so_is_a_saved_discriminator(open_it, monkeypatch):
+    """Where it is scored by, as where it was trained: rewards are those of its own attention."""
+
+    def rewards(opened):
+        maker = opened.bridge.maker
+        examples = maker.task.load("train", 3)
+        traces = [maker.expert(example, group) for group, example in enumerate(examples)]
+        return opened.model.logits(opened.bridge.pack(traces * 2, examples))
+
+    expected = rewards(open_it(small_run()))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, PREFIX + "auto", blind)
+    opened = open_it(small_run())
+    assert packed_kernel(opened.model.backbone) is None and packed_kernel(opened.model.reference[0].backbone) is None
+    assert not opened.bridge.share
+    torch.testing.assert_close(rewards(opened), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_that_cannot_be_packed_at_all_is_refused():
