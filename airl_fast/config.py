@@ -189,6 +189,11 @@ class RolloutConfig(Section):
     batch_size: Positive = 2048  # sequences decoded at once
     cuda_graphs: bool = True  # the builtin engine's steps on a GPU
 
+    @property
+    def why_no_graphs(self) -> str | None:
+        """Why the builtin engine's steps are not to be CUDA graphs; None where they may be."""
+        return None if self.cuda_graphs else "rollout.cuda_graphs=false"
+
 
 class EvaluateConfig(Section):
     prompts: Positive = 96
@@ -254,16 +259,12 @@ class Config(Section):
 
     @property
     def why_no_graphs(self) -> str | None:
-        """Why the built-in sampler's steps are not to be CUDA graphs; None where they may be.
-
-        torch refuses a draw from its global generator, such as dropout's, while another thread captures.
-        """
+        """The same while this trains: torch refuses a draw from its global generator, such as dropout's, while another
+        thread captures."""
         lora = self.discriminator.lora
-        if not self.rollout.cuda_graphs:
-            return "rollout.cuda_graphs=false"
-        if self.discriminator.overlap and lora is not None and lora.dropout > 0:
+        if self.learns_reward and self.discriminator.overlap and lora is not None and lora.dropout > 0:
             return f"discriminator.lora.dropout={lora.dropout} draws beside it (discriminator.overlap)"
-        return None
+        return self.rollout.why_no_graphs
 
     @model_validator(mode="after")
     def _adapters_fit_together(self):

@@ -54,7 +54,7 @@ def engine_for(
     directory holds the engine's scratch.
     """
     if config.rollout.engine == "builtin":
-        engine = Builtin(lm, plain=config.why_no_graphs)
+        engine = Builtin(lm, plain=config.rollout.why_no_graphs)
         try:
             yield engine
         finally:

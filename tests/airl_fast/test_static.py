@@ -302,6 +302,8 @@ def test_the_log_says_what_runs(lm, monkeypatch):
         given = {"model": {"path": "x"}, "discriminator": discriminator, "rollout": rollout}
         config = Config.model_validate(given)
         assert config.why_no_graphs == why
+        assert config.rollout.why_no_graphs == (why if rollout else None)  # an evaluation has no update beside it
+        assert config.model_copy(update={"algorithm": "grpo"}).why_no_graphs == config.rollout.why_no_graphs
     monkeypatch.setattr(lm.model, "keeps_own_attention", "it was seen to differ", raising=False)
     monkeypatch.setattr(lm.model.config, "_attn_implementation_internal", "sdpa")
     assert Builtin(lm).name == "builtin, step by step: it was seen to differ"

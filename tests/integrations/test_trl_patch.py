@@ -118,7 +118,7 @@ def test_other_arguments_are_refused(monkeypatch):
     class Head:
         @staticmethod
         def forward(ctx, hidden, weight, targets):
-            raise NotImplementedError
+            """Its arguments alone are looked at."""
 
     with monkeypatch.context() as change:
         change.setattr(utils, "_ChunkedLogProbFunction", Head)
